@@ -1,0 +1,5 @@
+"""`python -m taia` is `taia`."""
+
+from taia.cli import main
+
+main()

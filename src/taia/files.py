@@ -1,0 +1,143 @@
+"""Files that appear whole or not at all.
+
+Everything is written beside its destination, flushed to the disk, and renamed.
+Whatever interrupts (an error, a full disk, a signal turned into an exception)
+removes the half-written part and leaves the destination as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from taia.errors import CheckpointError, OutputError
+
+__all__ = ["atomic_write", "check_room", "read_json", "staged_folder"]
+
+MAX_JSON_BYTES = 100 * 1024 * 1024
+"""The limit that safetensors sets on its header; no JSON file of a checkpoint is larger."""
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path` in one step; readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends well.
+
+    An existing empty folder is replaced; a non-empty one only with `overwrite`, and
+    then it stays untouched until the new one is complete. Raises OutputError.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        _sync_tree(partial)
+        _swap(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"{out}: writing failed, nothing is left of it: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
+    """Raise OutputError if `out` is a file, or a non-empty folder without `overwrite`."""
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"{out}: is a link that leads nowhere")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out}: exists and is not a folder")
+    if any(out.iterdir()) and not overwrite:
+        raise OutputError(f"{out}: exists and is not empty; name another folder or use --overwrite")
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raise OutputError if the file system of `out` has less than `needed` bytes free."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{out}: {needed:,} bytes are to be written and {free:,} are free there; "
+            "make room or write elsewhere"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint. Raises CheckpointError with the file's name."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Put `partial` at `out`, keeping what was there until the new one stands."""
+    if not out.exists():
+        partial.replace(out)
+    else:
+        retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+        out.replace(retired / "old")
+        try:
+            partial.replace(out)
+        except OSError:
+            (retired / "old").replace(out)
+            raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
+    _sync(out.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,144 @@
+"""The bytes of each output tensor, as an ordered stream: copied, blended, or merged.
+
+A splice writes these streams; a verification compares them with what stands on the disk.
+Both use the same pieces, so that what is proven is what was done. Memory is bounded: a
+copy moves inside the kernel, a blend holds CHUNK elements of each operand, a merge holds
+one weight matrix.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from taia.adapter import Adapter, LoraModule
+from taia.arrays import CHUNK, blended_chunks, encode, read_array, widen
+from taia.checkpoint import Tensor
+from taia.errors import CheckpointError
+from taia.plan import Decision, Origin, Plan, stored_name
+from taia.writing import write_all
+
+__all__ = ["Blend", "Copy", "Merge", "Piece", "copy_range", "pieces"]
+
+BUFFER = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The bytes of one stored tensor as they are."""
+
+    folder: Path
+    tensor: Tensor
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in pieces of at most BUFFER."""
+        left = self.tensor.bytes
+        with (self.folder / self.tensor.file).open("rb", buffering=0) as file:
+            file.seek(self.tensor.start)
+            while left:
+                chunk = file.read(min(BUFFER, left))
+                if not chunk:
+                    raise _shrunk(self.folder / self.tensor.file)
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """base + strength * (tuned - base), element by element."""
+
+    base_folder: Path
+    base: Tensor
+    tuned_folder: Path
+    tuned: Tensor
+    strength: float
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes in the dtype of the base."""
+        return blended_chunks(
+            self.base_folder, self.base, self.tuned_folder, self.tuned, self.strength
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """base + strength * the delta of a LoRA module."""
+
+    folder: Path
+    base: Tensor
+    adapter: Adapter
+    module: LoraModule
+    strength: float
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes in the dtype of the base; one matrix at a time."""
+        weight = widen(read_array(self.folder, self.base))
+        tuned = self.adapter.tuned_weight(self.module, weight, self.strength).reshape(-1)
+        for first in range(0, tuned.size, CHUNK):
+            yield encode(tuned[first : first + CHUNK], self.base.dtype)
+
+
+Piece = Copy | Blend | Merge
+
+
+def pieces(plan: Plan) -> dict[str, Piece]:
+    """The piece of every output tensor, by name. The plan has no faults."""
+    lora, whole = {}, {}
+    if isinstance(plan.tuned, Adapter):
+        lora = {stored_name(plan.base, m.weight): m for m in plan.tuned.modules.values()}
+        whole = {stored_name(plan.base, name): t for name, t in plan.tuned.whole.items()}
+    else:
+        whole = dict(plan.tuned.tensors)
+    return {
+        decision.name: _piece(plan, decision, lora.get(decision.name), whole.get(decision.name))
+        for decision in plan.decisions
+    }
+
+
+def _piece(
+    plan: Plan, decision: Decision, module: LoraModule | None, tuned: Tensor | None
+) -> Piece:
+    base = plan.base.tensors[decision.name]
+    if decision.source is Origin.BASE:
+        return Copy(plan.base.path, base)
+    if decision.source is Origin.TUNED:
+        assert tuned is not None
+        return Copy(plan.tuned.path, tuned)
+    if tuned is not None:
+        return Blend(plan.base.path, base, plan.tuned.path, tuned, decision.strength)
+    assert module is not None
+    assert isinstance(plan.tuned, Adapter)
+    return Merge(plan.base.path, base, plan.tuned, module, decision.strength)
+
+
+def copy_range(source: FileIO, target: FileIO, start: int, length: int) -> None:
+    """Append `length` bytes of `source` from `start` to `target`, inside the kernel if it can.
+
+    Raises CheckpointError if the source ends before that.
+    """
+    left = length
+    while left:
+        try:
+            moved = os.copy_file_range(
+                source.fileno(), target.fileno(), min(left, 1 << 30), offset_src=start
+            )
+        except (AttributeError, OSError):  # another system, another file system, an old kernel
+            moved = _copy_through_memory(source, target, start, left)
+        if moved == 0:
+            raise _shrunk(Path(str(source.name)))
+        start += moved
+        left -= moved
+
+
+def _copy_through_memory(source: FileIO, target: FileIO, start: int, length: int) -> int:
+    source.seek(start)
+    chunk = source.read(min(BUFFER, length))
+    write_all(target, chunk)
+    return len(chunk)
+
+
+def _shrunk(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: became shorter while it was read")

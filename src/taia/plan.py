@@ -1,0 +1,266 @@
+"""What a splice would do: a selection resolved against two concrete models.
+
+Data in: two checkpoints, or a checkpoint and an adapter, read by their headers, and a
+selection. Data out: a frozen Plan, one Decision a tensor of the base, and every fault
+that forbids carrying it out. Nothing is written here and no weight is read.
+
+A tied output head is stored once, as the embedding, and has one strength: a selection
+that would give the two different ones is a fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from taia.adapter import Adapter, read_adapter
+from taia.arrays import FLOATS
+from taia.checkpoint import Checkpoint, Tensor, open_checkpoint
+from taia.errors import MismatchError
+from taia.kinds import Address, Kind, classify_all
+from taia.selection import Selection
+from taia.sources import Form, Source, resolve
+
+__all__ = ["Decision", "Origin", "Plan", "plan"]
+
+
+class Origin(StrEnum):
+    """Where the bytes of an output tensor come from."""
+
+    BASE = "base"
+    TUNED = "tuned"
+    BLEND = "blend"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One output tensor: its address, its strength, and so its source. `bytes` on disk."""
+
+    name: str
+    address: Address
+    source: Origin
+    strength: float
+    bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every decision of one splice, in the order of the output, and what forbids it.
+
+    `base` and `tuned` are the sources as they were read; `tuned` is an Adapter when its
+    delta is to be merged into the base.
+    """
+
+    selection: Selection
+    base: Checkpoint
+    tuned: Checkpoint | Adapter
+    decisions: tuple[Decision, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Per kind, and for `all`: tensors, parameters, and bytes by origin."""
+        empty = {"tensors": 0, "parameters": 0} | {origin.value: 0 for origin in Origin}
+        totals: dict[str, dict[str, int]] = {}
+        for decision in self.decisions:
+            for key in (decision.address.kind.value, "all"):
+                row = totals.setdefault(key, dict(empty))
+                row["tensors"] += 1
+                row["parameters"] += decision.parameters
+                row[decision.source.value] += decision.bytes
+        everything = totals.pop("all", empty)
+        return totals | {"all": everything}
+
+    def refuse_faults(self) -> None:
+        """Raise MismatchError with every fault, if there is one."""
+        if self.faults:
+            raise MismatchError(
+                f"{self.tuned.text} cannot be spliced into {self.base.text}", self.faults
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values, as `taia plan --json` prints it."""
+        return {
+            "selection": str(self.selection),
+            "base": self.base.text,
+            "tuned": self.tuned.text,
+            "tensors": [_as_json(decision) for decision in self.decisions],
+            "totals": self.totals,
+            "faults": list(self.faults),
+        }
+
+
+def plan(
+    base: str | Path | Source, tuned: str | Path | Source, keep: str | Selection = "attention"
+) -> Plan:
+    """Decide, for every tensor of `base`, how much of the delta to `tuned` is kept.
+
+    `tuned` is a checkpoint of the same architecture or a LoRA adapter. Raises a TaiaError
+    for what cannot be read or parsed; contradictions between the two are `Plan.faults`.
+    """
+    selection = Selection.parse(keep)
+    first = _open(base)
+    found = resolve(tuned)
+    if found.form is Form.ADAPTER:
+        return _plan_merge(first, read_adapter(found), selection)
+    return _plan_pair(first, _open(found), selection)
+
+
+def _open(source: str | Path | Source) -> Checkpoint:
+    """A checkpoint; one in a GGUF file is first unpacked into the cache, once."""
+    found = resolve(source)
+    if found.form is not Form.GGUF:
+        return open_checkpoint(found)
+    from taia.load import materialise
+
+    return dataclasses.replace(open_checkpoint(materialise(found)), text=found.text)
+
+
+def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Plan:
+    faults: list[str] = []
+    if base.model_type != tuned.model_type:
+        faults.append(f"model types differ: base {base.model_type}, tuned {tuned.model_type}")
+    elif base.config.get("quantization_config") != tuned.config.get("quantization_config"):
+        faults.append("one is quantised, or both differently; bring both to one format first")
+    faults += _name_faults(base, tuned)
+    addresses = classify_all(base.tensors, base.model_type)
+    strengths, tie_faults = _strengths(base, addresses, selection)
+    decisions = []
+    for name, address in addresses.items():
+        strength, tensor = strengths[address], base.tensors[name]
+        if name in tuned.tensors:
+            faults += _tensor_faults(tensor, tuned.tensors[name], address, strength)
+        origin = {0.0: Origin.BASE, 1.0: Origin.TUNED}.get(strength, Origin.BLEND)
+        decisions.append(_decision(tensor, address, origin, strength))
+    return Plan(selection, base, tuned, tuple(decisions), tuple(faults + tie_faults))
+
+
+def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Plan:
+    """Tensors that the adapter does not touch are the base's at any strength."""
+    addresses = classify_all(base.tensors, base.model_type)
+    strengths, tie_faults = _strengths(base, addresses, selection)
+    lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
+    whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}
+    faults = [
+        f"{name}: changed by the adapter, not stored in the base: it was made for another model"
+        for name in [*lora, *whole]
+        if name not in base.tensors
+    ]
+    decisions = []
+    for name, address in addresses.items():
+        strength, tensor = strengths[address], base.tensors[name]
+        origin = Origin.BASE
+        if strength != 0 and (name in lora or name in whole):
+            shape = lora[name].shape if name in lora else whole[name].shape
+            faults += _merge_faults(base, tensor, shape, address)
+            exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
+            origin = Origin.TUNED if exact else Origin.BLEND
+        decisions.append(_decision(tensor, address, origin, strength))
+    kept = any(decision.source is not Origin.BASE for decision in decisions)
+    if any(strengths.values()) and not kept and not faults:
+        kinds = sorted({addresses[name].kind.value for name in [*lora, *whole]})
+        faults.append(
+            f"nothing of the adapter is kept: it changes {', '.join(kinds)}, the selection "
+            f"'{selection}' names other parts, and the result would be the base model"
+        )
+    return Plan(selection, base, adapter, tuple(decisions), tuple(faults + tie_faults))
+
+
+def stored_name(base: Checkpoint, name: str) -> str:
+    """The name under which `base` stores a weight; it may lack, or add, the leading module."""
+    if name in base.tensors:
+        return name
+    _, _, rest = name.partition(".")
+    candidates = [rest, *(f"{first}.{name}" for first in ("model", "transformer", "gpt_neox"))]
+    return next((candidate for candidate in candidates if candidate in base.tensors), name)
+
+
+def _strengths(
+    base: Checkpoint, addresses: Mapping[str, Address], selection: Selection
+) -> tuple[dict[Address, float], list[str]]:
+    """The strength of every address, and the fault of a tied head with two strengths.
+
+    A head that is not stored is tied to the embedding, and takes part under its own name.
+    """
+    there = list(dict.fromkeys(addresses.values()))
+    embedding = next((a for a in there if a.kind is Kind.EMBEDDING), None)
+    tied = embedding is not None and all(a.kind is not Kind.HEAD for a in there)
+    if embedding is None or not tied:
+        return selection.strengths(there), []
+    head = dataclasses.replace(embedding, kind=Kind.HEAD)
+    strengths = selection.strengths([*there, head])
+    if strengths[head] == strengths[embedding]:
+        return strengths, []
+    return strengths, [
+        f"{base.text}: the output head is tied to the embedding, one tensor for both, and the "
+        "selection gives it two strengths; name both alike, as in 'all - embedding - head'"
+    ]
+
+
+def _name_faults(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    faults = [f"{name}: in the base, not in the tuned model"
+              for name in base.tensors if name not in tuned.tensors]  # fmt: skip
+    return faults + [
+        f"{name}: in the tuned model, not in the base"
+        for name in tuned.tensors
+        if name not in base.tensors
+    ]
+
+
+def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: float) -> list[str]:
+    faults = []
+    if base.shape != tuned.shape:
+        resized = address.kind in (Kind.EMBEDDING, Kind.HEAD)
+        faults.append(
+            f"{base.name}: shapes differ: base {list(base.shape)}, tuned {list(tuned.shape)}"
+            + ("; the vocabulary was resized, and its new rows have no base" if resized else "")
+        )
+    if base.dtype != tuned.dtype:
+        faults.append(
+            f"{base.name}: dtypes differ: base {base.dtype}, tuned {tuned.dtype}; "
+            "save both in one dtype"
+        )
+    elif strength not in (0, 1) and base.dtype not in FLOATS:
+        faults.append(f"{base.name}: dtype {base.dtype} is taken whole, not at {strength:g}")
+    return faults
+
+
+def _merge_faults(
+    base: Checkpoint, tensor: Tensor, shape: tuple[int, ...], address: Address
+) -> list[str]:
+    faults = []
+    if shape != tensor.shape:
+        faults.append(
+            f"{tensor.name}: shapes differ: base {list(tensor.shape)}, adapter {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        faults.append(f"{tensor.name}: a delta cannot be added to dtype {tensor.dtype}")
+    if address.kind in (Kind.EMBEDDING, Kind.HEAD) and base.config.get("tie_word_embeddings"):
+        faults.append(
+            f"{tensor.name}: input and output share this tensor, the adapter changes one of them; "
+            "untie them before merging"
+        )
+    return faults
+
+
+def _decision(tensor: Tensor, address: Address, origin: Origin, strength: float) -> Decision:
+    return Decision(tensor.name, address, origin, strength, tensor.bytes, tensor.parameters)
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    address = decision.address
+    return {
+        "name": decision.name,
+        "kind": address.kind.value,
+        "layer": address.layer,
+        "projection": address.projection,
+        "tower": address.tower,
+        "source": decision.source.value,
+        "strength": decision.strength,
+        "bytes": decision.bytes,
+    }

@@ -1,0 +1,106 @@
+"""What every output has in common: headers, companions, digests, the records of a receipt."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from io import FileIO
+from pathlib import Path
+
+from taia.checkpoint import INDEX, Tensor
+from taia.files import atomic_write
+from taia.receipt import Entry, SourceRecord, digest_of, identity
+
+__all__ = [
+    "COMPANIONS",
+    "TOKENIZER_FILES",
+    "copy_companions",
+    "header_digest",
+    "header_of",
+    "record_of",
+    "tensor_digest",
+    "write_all",
+    "write_index",
+]
+
+BUFFER = 4 * 1024 * 1024
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.tiktoken", "*.jinja",
+)  # fmt: skip
+COMPANIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "*_processor_config.json", "video_preprocessor_config.json", "configuration_*.py",
+    "modeling_*.py", *TOKENIZER_FILES,
+)  # fmt: skip
+"""Files beside the weights that belong to a model, by the names that transformers gives them."""
+
+
+def header_of(tensors: Iterable[Tensor]) -> bytes:
+    """The head of a safetensors file that holds `tensors` one after the other."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.bytes],
+        }
+        position += tensor.bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_index(folder: Path, entries: Sequence[Entry]) -> None:
+    """Write the index of a sharded checkpoint."""
+    index = {
+        "metadata": {"total_size": sum(entry.stop - entry.start for entry in entries)},
+        "weight_map": {entry.name: entry.file for entry in sorted(entries, key=lambda e: e.name)},
+    }
+    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def copy_companions(
+    source: Path, folder: Path, patterns: Sequence[str], skip: Sequence[str] = ()
+) -> None:
+    """Copy the files of `source` that match `patterns`, with their content only."""
+    for file in sorted(source.iterdir()):
+        matches = any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)
+        if matches and file.is_file() and file.name not in skip:
+            shutil.copyfile(file, folder / file.name)
+
+
+def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
+    """A source as it stands now."""
+    return SourceRecord(text, str(path.absolute()), {file: identity(path / file) for file in files})
+
+
+def header_digest(path: Path) -> str:
+    """The SHA-256 of a safetensors file's head: its length field and its JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    return digest_of(path, 8 + length)
+
+
+def tensor_digest(folder: Path, entry: Entry) -> str:
+    """The SHA-256 of one written tensor, read back from the disk."""
+    digest = hashlib.sha256()
+    left = entry.stop - entry.start
+    with (folder / entry.file).open("rb") as file:
+        file.seek(entry.start)
+        while left and (chunk := file.read(min(BUFFER, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def write_all(target: FileIO, data: bytes) -> None:
+    """Write every byte; an unbuffered file may take fewer at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]

@@ -1,0 +1,341 @@
+"""Adapters: PEFT, attach and merge-then-splice agree on every sliced adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, build
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import taia
+from taia.adapter import addresses_of, read_adapter
+from taia.kinds import Kind
+
+# PEFT says so each time an adapter is saved for a base that is not on the hub
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
+
+SETTINGS = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r".*\.0\..*": 2, r".*\.1\..*": 8},
+        "alpha_pattern": {r".*\.1\..*": 3, r".*\.2\..*": 20},
+    },
+}
+KEEPS = ["attention", "all - ffn", "attention[1:]*0.5 + ffn[0]*1.25"]
+
+
+def linear_names(model) -> list[str]:
+    """The last names of all linear layers but the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and name not in ("lm_head", "embed_out")
+    }
+    return sorted(names)
+
+
+def save_adapter(base: Path, out: Path, seed: int = 3, **settings: object) -> Path:
+    """A LoRA adapter with random factors on every linear layer of a saved model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    fan = {"fan_in_fan_out": True} if model.config.model_type == "gpt2" else {}
+    fields = {"target_modules": linear_names(model)} | fan | settings
+    peft = get_peft_model(model, LoraConfig(**fields))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name or parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    peft.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapters(pair, tmp_path_factory):
+    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def make(model_type: str, setting: str) -> tuple[Path, Path]:
+        if (model_type, setting) not in made:
+            base, _ = pair(model_type)
+            out = tmp_path_factory.mktemp(f"{model_type}-{setting}") / "adapter"
+            made[model_type, setting] = (base, save_adapter(base, out, **SETTINGS[setting]))
+        return made[model_type, setting]
+
+    return make
+
+
+def logits(model) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.eval()(torch.randint(3, 60, (2, 12))).logits
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_slice_attach_and_merge_agree(adapters, tmp_path, model_type, setting, keep):
+    base, adapter = adapters(model_type, setting)
+    if model_type == "mixtral" and "ffn" in keep.replace("all - ffn", ""):
+        keep = "attention[1:]*0.5"  # stacked experts carry no LoRA module here
+    if model_type == "mixtral" and keep == "all - ffn":
+        keep = "all - router"
+    sliced = tmp_path / "sliced"
+    taia.splice(base, adapter, sliced, keep=keep)
+    by_peft = logits(PeftModel.from_pretrained(load(base), sliced))
+
+    model = load(base)
+    plain = logits(model)
+    live = taia.attach(model, adapter)
+    assert torch.equal(logits(model), plain)
+    with live.using(keep):
+        by_attach = logits(model)
+    assert torch.equal(logits(model), plain)
+
+    taia.splice(base, adapter, tmp_path / "merged", keep=keep, merge=True)
+    merged = logits(load(tmp_path / "merged"))
+    assert not close(merged, plain)
+    assert close(by_peft, by_attach)
+    assert close(by_peft, merged)
+    taia.verify(sliced)
+    taia.verify(tmp_path / "merged")
+
+
+def test_slice_then_merge_is_merge_then_splice(adapters, tmp_path):
+    base, adapter = adapters("llama", "patterns")
+    taia.slice_adapter(adapter, tmp_path / "sliced", keep="attention")
+    taia.splice(base, tmp_path / "sliced", tmp_path / "one", keep="all", merge=True)
+    taia.splice(base, adapter, tmp_path / "full", keep="all", merge=True)
+    taia.splice(base, tmp_path / "full", tmp_path / "two", keep="attention")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in two)
+
+
+def test_merge_of_everything_is_pefts_merge(adapters, tmp_path):
+    base, adapter = adapters("gpt2", "rslora")
+    taia.splice(base, adapter, tmp_path / "out", keep="all", merge=True)
+    peft = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    ours = load(tmp_path / "out").state_dict()
+    assert all(torch.allclose(ours[n], t, atol=1e-6) for n, t in peft.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_sliced_adapter_obeys_the_rules_of_vllm_and_llama_cpp(adapters, tmp_path, setting):
+    """vLLM: one rank and alpha, no patterns, no DoRA, no modules_to_save; scale = alpha / r.
+
+    llama.cpp: one alpha, divided by each tensor's own rank.
+    """
+    base, adapter = adapters("llama", setting)
+    taia.slice_adapter(adapter, tmp_path / "out", keep="attention")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    assert not config["modules_to_save"]
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            rank = file.get_slice(key).get_shape()[0 if "lora_A" in key else 1]
+            assert rank == config["r"]
+            assert "self_attn" in key
+    original = read_adapter(adapter)
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for module in original.modules.values():
+        if "self_attn" in module.name:
+            a, b = original.factors(module)
+            key = f"base_model.model.{module.name}.lora_{{}}.weight"
+            delta = stored[key.format("B")] @ stored[key.format("A")]
+            assert torch.allclose(delta, torch.from_numpy(module.scale * (b @ a)), atol=1e-6)
+
+
+def test_targets_name_the_kept_modules_and_no_others(adapters, tmp_path):
+    _, llama = adapters("llama", "plain")
+    taia.slice_adapter(llama, tmp_path / "a", keep="attention")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    taia.slice_adapter(llama, tmp_path / "b", keep="attention.q[1]")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    _, gpt2 = adapters("gpt2", "plain")  # c_proj is in attention and in the FFN
+    taia.slice_adapter(gpt2, tmp_path / "c", keep="attention")
+    config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert "c_proj" not in config["target_modules"]
+    assert "transformer.h.0.attn.c_proj" in config["target_modules"]
+
+
+def test_depth_comes_from_the_base_not_from_the_adapted_layers(pair, tmp_path):
+    base, _ = pair("llama")
+    adapter = save_adapter(base, tmp_path / "a", layers_to_transform=[0, 1], r=4, lora_alpha=4)
+    taia.slice_adapter(adapter, tmp_path / "out", keep="attention[-2:]")
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.split(".")[4] for key in keys} == {"1"}
+
+
+def test_dora_is_kept_whole_or_not_at_all(pair, tmp_path):
+    base, _ = pair("llama")
+    adapter = save_adapter(base, tmp_path / "a", use_dora=True, r=4, lora_alpha=6)
+    taia.slice_adapter(adapter, tmp_path / "sliced", keep="attention")
+    by_peft = logits(PeftModel.from_pretrained(load(base), tmp_path / "sliced"))
+    taia.splice(base, adapter, tmp_path / "merged", keep="attention", merge=True)
+    assert close(by_peft, logits(load(tmp_path / "merged")))
+    model = load(base)
+    with taia.attach(model, adapter).using("attention"):
+        assert close(by_peft, logits(model))
+    with pytest.raises(taia.TaiaError, match="DoRA at strength 0.5"):
+        taia.slice_adapter(adapter, tmp_path / "half", keep="attention*0.5")
+    assert not (tmp_path / "half").exists()
+    taia.splice(base, adapter, tmp_path / "half", keep="attention*0.5", merge=True)
+    taia.verify(tmp_path / "half")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_and_saved_modules_are_decided_by_kind(pair, tmp_path, bias):
+    base, _ = pair("qwen2")
+    adapter = save_adapter(
+        base, tmp_path / "a", bias=bias, modules_to_save=["norm", "lm_head"], r=4, lora_alpha=4
+    )
+    addresses = addresses_of(read_adapter(adapter), "qwen2")
+    assert addresses["lm_head.weight"].kind is Kind.HEAD
+    assert addresses["model.norm.weight"].kind is Kind.NORM
+    for keep in ("attention", "attention + norm + head", "all - ffn"):
+        sliced = tmp_path / f"sliced {keep}"
+        taia.slice_adapter(adapter, sliced, keep=keep)
+        by_peft = logits(PeftModel.from_pretrained(load(base), sliced))
+        taia.splice(base, adapter, tmp_path / f"merged {keep}", keep=keep, merge=True)
+        assert close(by_peft, logits(load(tmp_path / f"merged {keep}"))), keep
+        model = load(base)
+        plain = logits(model)
+        live = taia.attach(model, adapter)
+        with live.using(keep):
+            assert close(by_peft, logits(model)), keep
+        assert torch.equal(logits(model), plain)
+        taia.verify(sliced)
+
+
+def test_attach_copies_no_weights_and_close_restores_the_model(adapters):
+    base, adapter = adapters("llama", "plain")
+    model = load(base)
+    weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    live = taia.attach(model, adapter)
+    held = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert set(weights.values()) <= held
+    factors = sum(t.numel() for n, t in model.state_dict().items() if "lora_" in n)
+    own = sum(t.numel() for n, t in model.state_dict().items() if "lora_" not in n)
+    assert own == sum(t.numel() for t in load(base).state_dict().values())
+    assert factors < own
+    live.close()
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == weights
+
+
+def test_using_restores_after_an_exception_and_nests(adapters):
+    base, adapter = adapters("llama", "plain")
+    model = load(base)
+    live = taia.attach(model, adapter)
+    plain = logits(model)
+    with live.using("all"):
+        everything = logits(model)
+        with live.using("none"):
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), everything)
+        with pytest.raises(ValueError, match="odd"), live.using("attention"):
+            raise ValueError("odd")
+        assert torch.equal(logits(model), everything)
+    assert torch.equal(logits(model), plain)
+
+
+def test_an_adapter_for_another_model_is_refused_everywhere(adapters, pair, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    other, _ = pair("gpt2")
+    with pytest.raises(taia.TaiaError, match="does not fit"):
+        taia.attach(load(other), adapter)
+    with pytest.raises(taia.TaiaError):
+        taia.splice(other, adapter, tmp_path / "out", keep="attention", merge=True)
+    with pytest.raises(taia.TaiaError):
+        taia.splice(other, adapter, tmp_path / "out", keep="attention")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_without_a_base_needs_only_agreed_names(adapters, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    lonely = tmp_path / "lonely"
+    lonely.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (lonely / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "someone/something"})
+    )
+    (lonely / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    taia.slice_adapter(lonely, tmp_path / "out", keep="attention")
+    one = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    taia.slice_adapter(adapter, tmp_path / "known", keep="attention")
+    assert one.keys() == load_file(tmp_path / "known" / "adapter_model.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "type LOHA"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "changed the base"),
+    ],
+)
+def test_deltas_of_another_form_are_refused_by_name(adapters, tmp_path, change, message):
+    _, adapter = adapters("llama", "plain")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps(config | change))
+    (other / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(taia.TaiaError, match=message):
+        taia.slice_adapter(other, tmp_path / "out", keep="attention")
+
+
+def test_a_tensor_that_no_rule_explains_is_an_error(adapters, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file(stored | {"base_model.model.model.lora_C": torch.ones(2)},
+              other / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(taia.TaiaError, match="lora_C"):
+        read_adapter(other)
+
+
+def test_one_model_takes_an_adapter_in_any_dtype(pair, tmp_path):
+    base, _ = pair("llama", "bfloat16")
+    adapter = save_adapter(base, tmp_path / "a", r=4, lora_alpha=8)
+    taia.splice(base, adapter, tmp_path / "out", keep="all", merge=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = PeftModel.from_pretrained(build_copy(base), adapter).merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.allclose(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-3)
+
+
+def build_copy(base: Path):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+
+
+def test_build_makes_what_the_families_say():
+    assert build("llama", 0).config.num_hidden_layers == 3
