@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,14 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("model_type", FAMILIES)
+QUICK = [("llama", "patterns", KEEPS[2]), ("gpt2", "rslora", KEEPS[0]), ("mixtral", "plain", KEEPS[0])]
+EVERY = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in product(FAMILIES, SETTINGS, KEEPS)
+]
+
+
+@pytest.mark.parametrize(("model_type", "setting", "keep"), EVERY)
 def test_slice_attach_and_merge_agree(adapters, tmp_path, model_type, setting, keep):
     base, adapter = adapters(model_type, setting)
     if model_type == "mixtral" and "ffn" in keep.replace("all - ffn", ""):

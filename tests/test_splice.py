@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,14 @@ def logits(model) -> torch.Tensor:
         return model(torch.randint(3, 60, (2, 12))).logits
 
 
-@pytest.mark.parametrize("keep", EXACT)
-@pytest.mark.parametrize("model_type", FAMILIES)
+QUICK = [("llama", "attention"), ("gpt2", "all - ffn"), ("mixtral", "ffn")]
+EVERY = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in product(FAMILIES, EXACT)
+]
+
+
+@pytest.mark.parametrize(("model_type", "keep"), EVERY)
 def test_spliced_logits_equal_the_state_dict_mixed_by_hand(pair, tmp_path, model_type, keep):
     base, tuned = pair(model_type)
     receipt = taia.splice(base, tuned, tmp_path / "out", keep=keep)

@@ -1,0 +1,1 @@
+"""Evaluation: variants of one model on one set of examples, and paired statistics."""

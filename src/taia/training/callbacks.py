@@ -1,0 +1,173 @@
+"""What watches a training run: the log file, the progress bar, Ctrl-C, a broken loss.
+
+They hang on the Trainer's own events. log.jsonl gets one line a step; on resuming,
+the lines after the checkpoint are dropped first, so a log never tells a step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from taia.errors import DataError, TaiaError
+from taia.files import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["Interrupt", "LogLine", "Recorder", "as_callback", "progress_bar", "read_log"]
+
+LogLine = Mapping[str, float]
+"""One line of log.jsonl: step, steps, loss, learning_rate, grad_norm, epoch, tokens, seconds,
+tokens_per_second."""
+
+
+class Recorder:
+    """Writes log.jsonl and tells `on_progress`; stops the run when the loss is not a number."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        steps: int,
+        examples: int,
+        batch_size: int,
+        tokens: Sequence[int],
+        from_step: int,
+        on_progress: Callable[[LogLine], None] | None,
+    ) -> None:
+        """`tokens`: those trained on up to and with each step, from step 1 on."""
+        self.path, self.steps, self.tokens = path, steps, tokens
+        self.epochs_a_step = batch_size / examples
+        self.on_progress = on_progress
+        self.lines: list[LogLine] = [line for line in read_log(path) if line["step"] <= from_step]
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.earlier = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.start = self.last = time.monotonic()
+
+    def begin(self) -> None:
+        """The clock starts with the first step, not with the loading before it."""
+        self.start = self.last = time.monotonic()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the line of one step. Raises TaiaError for a loss that is not finite."""
+        loss, norm = float(values["loss"]), float(values.get("grad_norm", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TaiaError(
+                f"step {step}: the loss is {loss} and the gradient norm {norm}; training cannot go "
+                "on from there. Lower the learning rate, or train in float32, and start again"
+            )
+        now = time.monotonic()
+        before = self.tokens[step - 2] if step > 1 else 0
+        line = {
+            "step": step,
+            "steps": self.steps,
+            "loss": loss,
+            "learning_rate": float(values["learning_rate"]),
+            "grad_norm": norm,
+            "epoch": round(step * self.epochs_a_step, 6),
+            "tokens": self.tokens[step - 1],
+            "seconds": round(self.earlier + now - self.start, 3),
+            "tokens_per_second": round(
+                (self.tokens[step - 1] - before) / max(now - self.last, 1e-9), 1
+            ),
+        }
+        self.last = now
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.on_progress is not None:
+            self.on_progress(line)
+
+
+class Interrupt:
+    """Set by the first Ctrl-C inside `listening`; the second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT in the main thread for the time of the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.getsignal(signal.SIGINT)
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, previous)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def as_callback(recorder: Recorder | None, interrupt: Interrupt) -> TrainerCallback:
+    """A Trainer callback that feeds `recorder` and obeys `interrupt`."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            if recorder is not None:
+                recorder.begin()
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            if interrupt.asked:
+                control.should_save = control.should_training_stop = True
+
+        def on_log(
+            self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any
+        ) -> None:
+            if recorder is not None and "loss" in logs:
+                recorder.log(state.global_step, logs)
+
+    return Watch()
+
+
+@contextmanager
+def progress_bar(steps: int) -> Iterator[Callable[[LogLine], None] | None]:
+    """A bar on the terminal's error stream, or None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), Remaining())
+    tail = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} tokens/s")
+    with Progress(*columns, tail, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=steps, loss=math.nan, rate=0.0)
+
+        def show(line: LogLine) -> None:
+            rate = line["tokens_per_second"]
+            bar.update(task, completed=line["step"], loss=line["loss"], rate=rate)
+
+        yield show
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of a log.jsonl, without a last one that was cut off. Empty without a file."""
+    if not path.is_file():
+        return []
+    rows = path.read_text(encoding="utf-8").splitlines()
+    lines: list[dict[str, float]] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines.append(json.loads(row))
+        except ValueError as error:
+            if number < len(rows):
+                raise DataError(f"{path}:{number}: not JSON ({error})") from error
+    return lines

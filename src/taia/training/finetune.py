@@ -1,0 +1,301 @@
+"""Fine-tuning: LoRA or all weights, over transformers' Trainer and PEFT.
+
+One function, `finetune`, from a base model and a file of chats to a folder with an
+adapter or a full model. Its defaults are the settings of the TAIA paper
+(arXiv 2405.20192): LoRA of rank 16 and alpha 32 on all linear layers, learning rate
+2e-4 with a cosine schedule and 3% warm-up, one epoch, bfloat16.
+
+Numbers: with bfloat16 the frozen base stays in bfloat16, the LoRA factors are
+float32, and the arithmetic is under autocast. Full fine-tuning keeps float32 master
+weights and saves them in the base's own dtype, so that base and tuned can be
+combined tensor by tensor.
+
+A run that was stopped goes on from its last checkpoint with the same batches and
+the same random numbers: on one CPU process the final weights are equal bit for bit.
+
+Limits: no packing, no gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taia.errors import OutputError, RecipeError
+from taia.load import load_model, load_tokenizer, quiet_transformers, require_chat_template
+from taia.selection import Selection
+from taia.sources import Form, resolve
+from taia.training import folder
+from taia.training.batches import training_order
+from taia.training.callbacks import Interrupt, LogLine, Recorder, as_callback, progress_bar
+from taia.training.data import Encoded, digest, encode_all, read_chats
+from taia.training.loop import make_trainer, run_trainer
+from taia.training.settings import Settings
+from taia.training.trainable import add_lora, freeze_rest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TrainResult", "finetune"]
+
+PACKAGES = ("taia", "torch", "transformers", "peft", "trl", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run made. `out` holds the adapter or model; `tokens` are those trained on."""
+
+    out: Path
+    method: str
+    examples: int
+    truncated: int
+    dropped: int
+    steps: int
+    tokens: int
+    seconds: float
+    final_loss: float
+
+
+def finetune(
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    method: str = "lora",
+    train: str = "all",
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    learning_rate: float = 2e-4,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    per_device_batch_size: int | None = None,
+    max_length: int = 3072,
+    warmup_ratio: float = 0.03,
+    scheduler: str = "cosine",
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    max_examples: int | None = None,
+    dtype: str = "bfloat16",
+    save_steps: int = 100,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Callable[[LogLine], None] | None = None,
+) -> TrainResult:
+    """Fine-tune `base` on the chats of `data` into the folder `out`.
+
+    `train` is a selection: which linear layers get LoRA, or which parameters are
+    trained with method `full`. The other settings: `taia.training.settings`.
+    `resume` goes on with a stopped run (or starts one, or returns a finished one);
+    `overwrite` replaces a folder. `on_progress` is called with every log line.
+
+    Raises RecipeError, DataError, SourceError, CheckpointError or OutputError before
+    anything is written, TaiaError when the loss is not a number, KeyboardInterrupt
+    after Ctrl-C, once a checkpoint is saved.
+    """
+    settings = Settings(
+        base=str(base),
+        data=str(data),
+        method=method,
+        train=train,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        per_device_batch_size=per_device_batch_size,
+        max_length=max_length,
+        warmup_ratio=warmup_ratio,
+        scheduler=scheduler,
+        weight_decay=weight_decay,
+        seed=seed,
+        max_examples=max_examples,
+        dtype=dtype,
+    )
+    settings.check()
+    if save_steps < 1:
+        raise RecipeError(f"save_steps is {save_steps}: at least 1 is needed")
+    target = Path(out).expanduser()
+    done = folder.check(target, settings, resume=resume, overwrite=overwrite)
+    if done is not None:
+        return _result(target, done)
+    run = _prepare(settings)
+    checkpoint = folder.start(target, settings, resume=resume)
+    try:
+        return _train(run, target, checkpoint, save_steps, on_progress)
+    except OSError as error:
+        raise OutputError(f"{target}: writing failed; mend it and resume: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Everything that training needs, loaded and checked."""
+
+    settings: Settings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stored_dtype: torch.dtype
+    data: Encoded
+    digest: str
+    order: list[int]
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.order) // self.settings.batch_size)
+
+    def tokens(self) -> list[int]:
+        """Tokens trained on up to and with every step."""
+        size, total, sums = self.settings.batch_size, 0, []
+        lengths = [len(example["input_ids"]) for example in self.data.examples]
+        for start in range(0, len(self.order), size):
+            total += sum(lengths[number] for number in self.order[start : start + size])
+            sums.append(total)
+        return sums
+
+
+def _prepare(settings: Settings) -> _Run:
+    """Read the data, then the model: the cheap faults first."""
+    source = resolve(settings.base)
+    chats = read_chats(settings.data, max_examples=settings.max_examples)
+    tokenizer = load_tokenizer(source)
+    require_chat_template(tokenizer, settings.base)
+    data = encode_all(chats, tokenizer, settings.max_length)
+    lengths = [len(example["input_ids"]) for example in data.examples]
+    total = settings.total(len(lengths))
+    model, stored = _model(settings, source.form)
+    return _Run(
+        settings=settings,
+        model=model,
+        tokenizer=tokenizer,
+        stored_dtype=stored,
+        data=data,
+        digest=digest(settings.data, chats),
+        order=training_order(lengths, settings.batch_size, total, settings.seed),
+    )
+
+
+def _model(settings: Settings, form: Form) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model with its trainable parameters set, and the dtype it is stored in."""
+    from transformers import set_seed
+
+    set_seed(settings.seed)
+    train = str(Selection.parse(settings.train))
+    if settings.method == "full":
+        stored = "bfloat16" if form is Form.GGUF else "auto"
+        model = load_model(settings.base, dtype=stored)
+        dtype = model.dtype
+        model = model.float()
+        freeze_rest(model, train)
+    else:
+        model = load_model(settings.base, dtype=settings.dtype)
+        dtype = model.dtype
+        model = add_lora(
+            model, train, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout
+        )
+    model.config.use_cache = False
+    return model.train(), dtype
+
+
+def _train(
+    run: _Run,
+    out: Path,
+    checkpoint: Path | None,
+    save_steps: int,
+    on_progress: Callable[[LogLine], None] | None,
+) -> TrainResult:
+    interrupt = Interrupt()
+    with quiet_transformers(), interrupt.listening(), progress_bar(run.steps) as bar:
+        recorder = Recorder(
+            out / folder.LOG,
+            steps=run.steps,
+            examples=len(run.data.examples),
+            batch_size=run.settings.batch_size,
+            tokens=run.tokens(),
+            from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+            on_progress=on_progress or bar,
+        )
+        trainer = make_trainer(
+            run.model,
+            [run.data.examples[number] for number in run.order],
+            run.settings,
+            out / folder.CHECKPOINTS,
+            padding=run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
+            save_steps=save_steps,
+        )
+        trainer.add_callback(as_callback(recorder if _is_main() else None, interrupt))
+        run_trainer(trainer, checkpoint)
+        if interrupt.asked:
+            raise KeyboardInterrupt(
+                f"stopped at step {trainer.state.global_step} of {run.steps}; "
+                f"{out} can be resumed from there"
+            )
+        record = _record(run, recorder)
+        if trainer.is_world_process_zero():
+            folder.publish(out, _finished(run, out), record)
+    return _result(out, record)
+
+
+def _finished(run: _Run, out: Path) -> Path:
+    """The adapter or model with its tokenizer, in a folder beside the checkpoints."""
+    finished = out / folder.CHECKPOINTS / "finished"
+    if run.settings.method == "full":
+        run.model.config.use_cache = True
+        run.model.to(run.stored_dtype).save_pretrained(finished)
+    else:
+        run.model.peft_config["default"].base_model_name_or_path = run.settings.base
+        run.model.save_pretrained(finished, save_embedding_layers=False)
+        (finished / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+    run.tokenizer.save_pretrained(finished)
+    return finished
+
+
+def _record(run: _Run, recorder: Recorder) -> dict[str, Any]:
+    """What train.json says."""
+    settings, last = run.settings, recorder.lines[-1]
+    return {
+        "base": settings.base,
+        "method": settings.method,
+        "train": settings.train,
+        "data": {
+            "path": settings.data,
+            "sha256": run.digest,
+            "examples": len(run.data.examples),
+            "truncated": run.data.truncated,
+            "dropped": run.data.dropped,
+        },
+        "settings": asdict(settings),
+        "steps": run.steps,
+        "tokens": int(last["tokens"]),
+        "seconds": last["seconds"],
+        "final_loss": last["loss"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _result(out: Path, record: dict[str, Any]) -> TrainResult:
+    data = record["data"]
+    return TrainResult(
+        out=out,
+        method=record["method"],
+        examples=data["examples"],
+        truncated=data["truncated"],
+        dropped=data["dropped"],
+        steps=record["steps"],
+        tokens=record["tokens"],
+        seconds=record["seconds"],
+        final_loss=record["final_loss"],
+    )
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

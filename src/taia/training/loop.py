@@ -1,0 +1,120 @@
+"""transformers' Trainer, set up so that nothing that matters is left to its defaults."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taia.errors import RecipeError
+from taia.training.batches import collate, micro_batch
+from taia.training.data import Example
+from taia.training.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+__all__ = ["make_trainer", "run_trainer"]
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: Settings,
+    checkpoints: Path,
+    *,
+    padding: int,
+    save_steps: int,
+) -> Trainer:
+    """A Trainer that goes through `examples` once, in the order given.
+
+    `padding`: the token id that fills short rows. Raises RecipeError when the batch
+    cannot be shared out among the processes.
+    """
+    from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer = Trainer(
+        model=model,
+        args=_arguments(model, examples, settings, checkpoints, save_steps),
+        train_dataset=examples,
+        data_collator=functools.partial(collate, padding=padding),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, from `checkpoint` if there is one. Raises RecipeError when memory runs out."""
+    import torch
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            "the device has not enough memory for this batch; set per_device_batch_size lower "
+            "(a step still sees the whole batch) or max_length"
+        ) from error
+
+
+def _arguments(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: Settings,
+    checkpoints: Path,
+    save_steps: int,
+) -> TrainingArguments:
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    if cuda and settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise RecipeError("dtype bfloat16: this CUDA device cannot compute in it; use float32")
+    part, parts = _shares(model, examples, settings)
+    steps = math.ceil(len(examples) / settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=1,  # `examples` holds all of them
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=part,
+        gradient_accumulation_steps=parts,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch",
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else torch.DataParallel; several devices are accelerate's business
+    return arguments
+
+
+def _shares(
+    model: PreTrainedModel, examples: Sequence[Example], settings: Settings
+) -> tuple[int, int]:
+    """Examples at once on one device, and how many such parts make up its share of a batch."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share, rest = divmod(settings.batch_size, world)
+    if rest:
+        raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world} processes")
+    longest = max(len(example["input_ids"]) for example in examples)
+    vocabulary = model.config.get_text_config().vocab_size
+    part = settings.per_device_batch_size or micro_batch(share, longest, vocabulary)
+    if share % part:
+        raise RecipeError(f"{share} examples a process are no multiple of {part} per device")
+    return part, share // part

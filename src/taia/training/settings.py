@@ -1,0 +1,106 @@
+"""What decides the outcome of a training run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from taia.errors import RecipeError, SelectionError, nearest
+from taia.selection import Selection
+
+__all__ = ["Settings"]
+
+METHODS = ("lora", "full")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one run; the defaults are the paper's.
+
+    `batch_size` is the number of examples in one step over all devices;
+    `per_device_batch_size` how many of them are in memory at once (None: as many
+    as fit). `epochs` counts unless `max_steps` is given. `train` is a selection.
+    """
+
+    base: str
+    data: str
+    method: str = "lora"
+    train: str = "all"
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    per_device_batch_size: int | None = None
+    max_length: int = 3072
+    warmup_ratio: float = 0.03
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    seed: int = 0
+    max_examples: int | None = None
+    dtype: str = "bfloat16"
+
+    def check(self) -> None:
+        """Raise RecipeError with every setting that states nothing runnable."""
+        faults = [*self._words(), *self._numbers()]
+        try:
+            if not Selection.parse(self.train).terms:
+                faults.append(f"train {self.train!r}: selects nothing to train")
+        except SelectionError as error:
+            faults.append(f"train: {error}")
+        if faults:
+            raise RecipeError("these training settings cannot be run", faults)
+
+    def total(self, examples: int) -> int:
+        """How many examples go through training, repeats counted."""
+        if self.max_steps:
+            return self.max_steps * self.batch_size
+        return max(1, round(self.epochs * examples))
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """One line for every setting in which `stored` (a JSON object) differs from this."""
+        mine = asdict(self)
+        return [
+            f"{name}: {stored.get(name)!r} before, {value!r} now"
+            for name, value in mine.items()
+            if stored.get(name) != value
+        ]
+
+    def _words(self) -> list[str]:
+        choices = (("method", METHODS), ("scheduler", SCHEDULERS), ("dtype", DTYPES))
+        return [
+            f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}"
+            + nearest(str(getattr(self, name)), known)
+            for name, known in choices
+            if getattr(self, name) not in known
+        ]
+
+    def _numbers(self) -> list[str]:
+        positive = ["rank", "alpha", "learning_rate", "epochs", "batch_size"]
+        optional = ["max_steps", "max_examples", "per_device_batch_size"]
+        positive += [name for name in optional if getattr(self, name) is not None]
+        faults = [
+            f"{name} is {getattr(self, name)}: it must be above 0 and finite"
+            for name in positive
+            if not 0 < getattr(self, name) < math.inf
+        ]
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            faults.append(f"warmup_ratio is {self.warmup_ratio}: it must be between 0 and 1")
+        if not 0 <= self.weight_decay < math.inf:
+            faults.append(f"weight_decay is {self.weight_decay}: it must be at least 0")
+        if self.max_length < 2:
+            faults.append(f"max_length is {self.max_length}: it must be at least 2")
+        if not 0 <= self.seed < 2**32:
+            faults.append(f"seed is {self.seed}: it must be between 0 and 2^32 - 1")
+        part = self.per_device_batch_size
+        if part and part > 0 and self.batch_size % part:
+            faults.append(f"batch_size {self.batch_size} is no multiple of {part} per device")
+        return faults

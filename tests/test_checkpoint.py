@@ -1,0 +1,267 @@
+"""Checkpoints that lie: each is refused with one clear message, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import taia
+from taia.checkpoint import open_checkpoint, read_header
+from taia.errors import CheckpointError, TaiaError
+
+
+@pytest.fixture
+def copies(pair, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of a base and a tuned checkpoint, free to be broken."""
+    base, tuned = pair("llama")
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(tuned, tmp_path / "tuned")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def refused(base: Path, tuned: Path, words: str, keep: str = "attention") -> None:
+    out = base.parent / "out"
+    before = sorted(f.name for f in base.parent.iterdir())
+    with pytest.raises(TaiaError) as caught:
+        taia.splice(base, tuned, out, keep=keep)
+    assert words in str(caught.value), str(caught.value)
+    assert caught.value.exit_code == 2
+    assert sorted(f.name for f in base.parent.iterdir()) == before
+
+
+def rewrite_header(file: Path, change: Callable[[dict], None]) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def entries(header: dict) -> list[dict]:
+    return [value for name, value in header.items() if name != "__metadata__"]
+
+
+def move(header: dict, by: int) -> None:
+    last = max(entries(header), key=lambda entry: entry["data_offsets"][1])
+    last["data_offsets"] = [offset + by for offset in last["data_offsets"]]
+
+
+def test_missing_folder(copies):
+    refused(copies[0], copies[0].parent / "nowhere", "no such folder")
+
+
+def test_not_a_checkpoint(copies):
+    empty = copies[0].parent / "empty"
+    empty.mkdir()
+    refused(copies[0], empty, "neither config.json nor adapter_config.json")
+
+
+def test_no_weights(copies):
+    (copies[1] / "model.safetensors").unlink()
+    refused(*copies, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_truncated(copies):
+    file = copies[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(*copies, "truncated")
+
+
+def test_longer_than_its_tensors(copies):
+    file = copies[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"\0" * 8)
+    refused(*copies, "longer than its tensors")
+
+
+def test_header_length_beyond_the_file(copies):
+    file = copies[1] / "model.safetensors"
+    file.write_bytes((1 << 62).to_bytes(8, "little") + file.read_bytes()[8:])
+    refused(*copies, "a header of 4,611,686,018,427,387,904 bytes")
+
+
+def test_header_that_is_no_json(copies):
+    file = copies[1] / "model.safetensors"
+    file.write_bytes((4).to_bytes(8, "little") + b"{][}")
+    refused(*copies, "broken safetensors header")
+
+
+@pytest.mark.parametrize(("by", "words"), [(-4, "overlaps"), (4, "follows a gap")])
+def test_overlapping_or_gapped_offsets(copies, by, words):
+    rewrite_header(copies[1] / "model.safetensors", lambda header: move(header, by))
+    refused(*copies, words)
+
+
+def test_offsets_that_do_not_fit_the_shape(copies):
+    rewrite_header(
+        copies[1] / "model.safetensors", lambda header: entries(header)[0].update(shape=[1, 1])
+    )
+    refused(*copies, "do not fit")
+
+
+def test_unknown_dtype(copies):
+    rewrite_header(
+        copies[1] / "model.safetensors", lambda header: entries(header)[0].update(dtype="F128")
+    )
+    refused(*copies, "unknown dtype 'F128'")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 7])
+def test_index_that_names_a_file_outside(copies, shard):
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(*copies, "outside the checkpoint")
+
+
+def test_index_that_names_a_missing_shard(copies):
+    index = {"weight_map": {"model.norm.weight": "model-9.safetensors"}}
+    (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(*copies, "cannot be read")
+
+
+def test_index_and_shard_disagree(copies):
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", "x": "model.safetensors"}}
+    (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(*copies, "named in model.safetensors.index.json, stored nowhere")
+
+
+def test_other_shapes(copies, pair):
+    _, wide = pair("llama", intermediate_size=64)
+    refused(copies[0], wide, "shapes differ: base [48, 32], tuned [64, 32]")
+
+
+def test_resized_vocabulary(copies, pair):
+    _, resized = pair("llama", vocab_size=70)
+    refused(copies[0], resized, "the vocabulary was resized")
+
+
+def test_other_names(copies):
+    rewrite_header(
+        copies[1] / "model.safetensors",
+        lambda header: header.update({"model.extra.weight": header.pop("model.norm.weight")}),
+    )
+    refused(*copies, "model.norm.weight: in the base, not in the tuned model")
+
+
+def test_other_model_type(copies, pair):
+    _, other = pair("qwen2")
+    refused(copies[0], other, "model types differ: base llama, tuned qwen2")
+
+
+def test_other_dtype(copies, pair):
+    _, half = pair("llama", "float16")
+    refused(copies[0], half, "dtypes differ: base F32, tuned F16")
+
+
+def test_unknown_model_type(copies):
+    for folder in copies:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    refused(*copies, "llama")
+
+
+def test_selection_with_a_typo_and_without_a_match(copies):
+    refused(*copies, "did you mean 'attention'", keep="atention")
+    refused(*copies, "'router' matches nothing", keep="router")
+    refused(*copies, "matches nothing", keep="ffn[3:]")
+
+
+def test_pickle_only(copies):
+    (copies[1] / "model.safetensors").rename(copies[1] / "pytorch_model.bin")
+    refused(*copies, "pickles")
+
+
+def test_destination_exists(copies):
+    out = copies[0].parent / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    with pytest.raises(TaiaError, match="--overwrite"):
+        taia.splice(*copies, out)
+    assert (out / "precious").read_text() == "kept"
+    taia.splice(*copies, out, overwrite=True)
+    assert not (out / "precious").exists()
+    taia.verify(out)
+
+
+def test_destination_is_a_source(copies):
+    with pytest.raises(TaiaError, match="one of the two models"):
+        taia.splice(*copies, copies[0], overwrite=True)
+    taia.splice(*copies, copies[0].parent / "out")
+
+
+def test_destination_without_space(copies, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    refused(*copies, "9 are free")
+
+
+def test_one_strength_for_a_tied_head(copies):
+    refused(*copies, "tied to the embedding", keep="all - embedding")
+    taia.splice(*copies, copies[0].parent / "out", keep="all - embedding - head")
+
+
+def test_a_broken_config(copies):
+    (copies[1] / "config.json").write_text("{")
+    refused(*copies, "not valid JSON")
+
+
+def test_every_fault_of_one_input_is_told(copies):
+    def spoil(header: dict) -> None:
+        for entry in entries(header)[:3]:
+            entry["dtype"] = "F128"
+
+    rewrite_header(copies[1] / "model.safetensors", spoil)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(copies[1])
+    assert str(caught.value).count("unknown dtype") == 3
+
+
+def test_the_reader_agrees_with_the_safetensors_library(copies):
+    from safetensors import safe_open
+
+    found = open_checkpoint(copies[0]).tensors
+    with safe_open(copies[0] / "model.safetensors", "np") as file:
+        assert set(found) == set(file.keys())
+        for name, tensor in found.items():
+            assert list(tensor.shape) == file.get_slice(name).get_shape()
+            assert tensor.bytes == file.get_tensor(name).nbytes
+
+
+arrays = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9),
+    st.tuples(st.sampled_from(["f2", "f4", "i8", "u1"]), st.lists(st.integers(0, 3), max_size=3)),
+    max_size=5,
+)
+
+
+@given(arrays.filter(lambda a: "__metadata__" not in a))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_library_writes_is_read(tmp_path: Path, made) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({name: np.zeros(shape, dtype) for name, (dtype, shape) in made.items()}, file)
+    assert {n: list(t.shape) for n, t in read_header(file).items()} == {
+        name: shape for name, (_, shape) in made.items()
+    }
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_broken_bytes_give_a_checkpoint_error_and_nothing_else(tmp_path: Path, data) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros((2, 3), "f4"), "b": np.ones(4, "f2")}, file)
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+    try:
+        tensors = read_header(file)
+    except CheckpointError:
+        return
+    assert all(t.stop <= file.stat().st_size for t in tensors.values())
