@@ -34,8 +34,8 @@ def run(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def make_models(folder: Path, dtype: str) -> tuple[Path, Path]:
-    """A real base and a noisy copy of it."""
+def make_models(folder: Path, dtype: str) -> None:
+    """A real base and a noisy copy of it, in `base` and `tuned`."""
     import torch
 
     from taia.load import load_model
@@ -47,19 +47,23 @@ def make_models(folder: Path, dtype: str) -> tuple[Path, Path]:
         for parameter in model.parameters():
             parameter.add_(1e-3 * torch.randn_like(parameter))
     model.save_pretrained(folder / "tuned")
-    return folder / "base", folder / "tuned"
 
 
 def measure(folder: Path, dtype: str, repeats: int) -> dict[str, dict[str, float]]:
     """Medians by tool."""
-    base, tuned = make_models(folder, dtype)
+    # in a process of its own: a child's peak memory is at least that of its parent's fork
+    run([sys.executable, __file__, "--make", str(folder), "--dtype", dtype])
+    base, tuned = folder / "base", folder / "tuned"
     out = folder / "out"
     quoted = f"'{base}' '{out}'"
     tools = {
         "cp": ["sh", "-c", f"cp -r {quoted}"],
         "cp and sync": ["sh", "-c", f"cp -r {quoted} && sync '{out}'/* '{out}'"],
         "taia splice attention": [TAIA, "splice", str(base), str(tuned), str(out)],
-        "taia splice all*0.5": [TAIA, "splice", str(base), str(tuned), str(out), "--keep", "all*0.5"],
+        "taia splice all*0.5": [
+            *(TAIA, "splice", str(base), str(tuned), str(out)),
+            *("--keep", "all*0.5"),
+        ],
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
     for _ in range(repeats + 1):  # the first turn warms the caches and is not counted
@@ -84,14 +88,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make:
+        make_models(options.make, options.dtype)
+        return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options.dtype, options.repeats)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
     size = rows.pop("")["bytes"]
-    print(f"SmolLM2-135M-Instruct, {options.dtype}, {size / 1e9:.2f} GB, median of {options.repeats}")
+    print(
+        f"SmolLM2-135M-Instruct, {options.dtype}, {size / 1e9:.2f} GB, median of {options.repeats}"
+    )
     columns = list(rows["cp"])
     print("| | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
     for name, row in rows.items():

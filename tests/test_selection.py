@@ -117,9 +117,11 @@ def test_any_text_parses_or_fails_with_a_column(text: str) -> None:
     try:
         selection = Selection.parse(text)
     except SelectionError as error:
-        assert "column" in str(error)
+        message = str(error)
     else:
+        message = "column"
         assert Selection.parse(str(selection)) == selection
+    assert "column" in message
 
 
 @given(selections)

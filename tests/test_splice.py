@@ -49,8 +49,8 @@ def mixed_by_hand(base: Path, tuned: Path, keep: str):
         "attention": lambda k: k == "attention",
         "ffn": lambda k: k == "ffn",
         "all - ffn": lambda k: k != "ffn",
-        "all": lambda k: True,
-        "none": lambda k: False,
+        "all": lambda _: True,
+        "none": lambda _: False,
     }[keep]
     state = model.state_dict()
     model.load_state_dict({n: other[n] if kept(kind(n)) else state[n] for n in state})

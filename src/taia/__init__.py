@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from taia.training.finetune import finetune
     from taia.verify import verify
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "Address",

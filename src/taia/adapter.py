@@ -18,17 +18,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from taia.arrays import FLOATS, Array, read_array, widen
-from taia.checkpoint import Tensor, read_header
+from taia.checkpoint import FLOATS, Tensor, read_header
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
 from taia.files import read_json
 from taia.kinds import Address, classify_all, classify_by_agreement
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+
+if TYPE_CHECKING:
+    from taia.arrays import Array
 
 __all__ = [
     "PREFIX",
@@ -108,6 +108,8 @@ class Adapter:
 
     def factors(self, module: LoraModule) -> tuple[Array, Array]:
         """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
+        from taia.arrays import read_array, widen  # numpy only when weights are read
+
         return (
             widen(read_array(self.path, module.a)),
             widen(read_array(self.path, module.b)),
@@ -118,6 +120,10 @@ class Adapter:
 
         Raises CheckpointError if the delta does not have the shape of `base`.
         """
+        import numpy as np
+
+        from taia.arrays import read_array, widen
+
         if base.shape != module.shape:
             raise CheckpointError(
                 f"{module.weight}: the adapter changes a weight of shape {list(module.shape)}, "

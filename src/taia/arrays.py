@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError
 
-__all__ = ["CHUNK", "FLOATS", "Array", "blend", "blended_chunks", "encode", "read_array", "widen"]
+__all__ = ["CHUNK", "DTYPES", "Array", "blend", "blended_chunks", "encode", "read_array", "widen"]
 
 Array = NDArray[Any]
 
-FLOATS: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -29,7 +29,7 @@ FLOATS: dict[str, Any] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""The dtypes that arithmetic is defined on, by their safetensors names."""
+"""numpy's own of each dtype that deltas are computed on, by the names of safetensors."""
 
 CHUNK = 1 << 20
 """Elements in memory at a time for each operand of a blend."""
@@ -40,7 +40,7 @@ def read_array(folder: Path, tensor: Tensor, first: int = 0, count: int = -1) ->
 
     The whole tensor has its own shape. Raises CheckpointError if the file has become shorter.
     """
-    dtype = FLOATS[tensor.dtype]
+    dtype = DTYPES[tensor.dtype]
     whole = first == 0 and count == -1
     wanted = tensor.parameters if count == -1 else count
     path = folder / tensor.file
@@ -90,4 +90,4 @@ def blended_chunks(
 def encode(values: Array, dtype: str) -> bytes:
     """The little-endian bytes of `values`, rounded to a stored dtype."""
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values).astype(FLOATS[dtype]).tobytes()
+        return np.ascontiguousarray(values).astype(DTYPES[dtype]).tobytes()

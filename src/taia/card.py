@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import yaml
 
 from taia.plan import Plan
 
@@ -34,15 +33,15 @@ def model_card(planned: Plan, title: str) -> str:
 def card(title: str, *, base: str | None, tuned: str, selection: str, body: str) -> str:
     """A model card around `body`, which says what was kept."""
     names = [_public_name(text) for text in (base, tuned) if text]
-    front = {
-        "base_model": names,
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["taia", "merge"],
-    }
+    front = [
+        f"base_model: {json.dumps(names)}",  # JSON is YAML
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "tags: [taia, merge]",
+    ]
     first = f"`{names[0]}`" if base else "its base model"
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        "---\n" + "\n".join(front) + "\n---\n\n"
         f"# {title}\n\n"
         f"The part `{selection}` of what fine-tuning changed between {first} and `{names[-1]}`; "
         "every other weight is the base model's. Made with "

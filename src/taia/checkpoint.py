@@ -24,7 +24,7 @@ from taia.errors import CheckpointError, SourceError
 from taia.files import read_json
 from taia.sources import Form, Source, resolve
 
-__all__ = ["BITS", "Checkpoint", "Tensor", "open_checkpoint", "read_header"]
+__all__ = ["BITS", "FLOATS", "Checkpoint", "Tensor", "open_checkpoint", "read_header"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,6 +38,9 @@ BITS = {
     "I64": 64, "U64": 64,
 }  # fmt: skip
 """Bits an element, for every dtype that the format knows."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""The dtypes that deltas are computed on."""
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 

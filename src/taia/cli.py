@@ -165,8 +165,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score variants of one model on the same examples, side by side."""
-    from taia.evaluation.harness import VARIANTS
     from taia.evaluation.harness import evaluate as score
+    from taia.evaluation.variants import VARIANTS
 
     chosen = split_list(variants) if variants else VARIANTS if adapter or tuned else ("base",)
     score(

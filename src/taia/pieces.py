@@ -15,7 +15,6 @@ from io import FileIO
 from pathlib import Path
 
 from taia.adapter import Adapter, LoraModule
-from taia.arrays import CHUNK, blended_chunks, encode, read_array, widen
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError
 from taia.plan import Decision, Origin, Plan, stored_name
@@ -58,6 +57,8 @@ class Blend:
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes in the dtype of the base."""
+        from taia.arrays import blended_chunks  # numpy only where something is computed
+
         return blended_chunks(
             self.base_folder, self.base, self.tuned_folder, self.tuned, self.strength
         )
@@ -75,6 +76,8 @@ class Merge:
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes in the dtype of the base; one matrix at a time."""
+        from taia.arrays import CHUNK, encode, read_array, widen
+
         weight = widen(read_array(self.folder, self.base))
         tuned = self.adapter.tuned_weight(self.module, weight, self.strength).reshape(-1)
         for first in range(0, tuned.size, CHUNK):

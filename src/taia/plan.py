@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.adapter import Adapter, read_adapter
-from taia.arrays import FLOATS
-from taia.checkpoint import Checkpoint, Tensor, open_checkpoint
+from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.errors import MismatchError
 from taia.kinds import Address, Kind, classify_all
 from taia.selection import Selection

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from taia import __version__
 from taia.errors import VerificationError
 from taia.files import atomic_write
 
@@ -77,7 +77,7 @@ class Receipt:
     tensors: list[Entry]
     headers: dict[str, str]
     files: dict[str, str]
-    taia: str = field(default_factory=lambda: version("taia"))
+    taia: str = __version__
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:

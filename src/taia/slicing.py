@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from taia.adapter import (
     WEIGHTS,
     Adapter,
@@ -30,7 +28,6 @@ from taia.adapter import (
     kept_strengths,
     read_adapter,
 )
-from taia.arrays import encode
 from taia.card import card
 from taia.checkpoint import Tensor
 from taia.errors import MismatchError
@@ -127,6 +124,10 @@ def _kept_tensors(
 
     A is padded with zero rows and B with zero columns to the largest rank kept.
     """
+    import numpy as np
+
+    from taia.arrays import encode
+
     modules = [m for m in adapter.modules.values() if strengths[m.weight] != 0]
     rank = max((module.rank for module in modules), default=0)
     kept: dict[str, tuple[Tensor, bytes]] = {}

@@ -33,6 +33,7 @@ from taia.writing import (
     header_digest,
     header_of,
     record_of,
+    start_writing,
     tensor_digest,
     write_all,
     write_index,
@@ -40,7 +41,7 @@ from taia.writing import (
 
 __all__ = ["execute", "splice"]
 
-COPY_AT_ONCE = 256 * 1024 * 1024
+COPY_AT_ONCE = 64 * 1024 * 1024
 """Bytes between two reports of progress."""
 
 Progress = Callable[[int, int], None]
@@ -188,6 +189,7 @@ def _carry_out(step: _Range | Blend | Merge, target: FileIO, progress: _Counter)
             for start in range(step.start, step.stop, COPY_AT_ONCE):
                 length = min(COPY_AT_ONCE, step.stop - start)
                 copy_range(source, target, start, length)
+                start_writing(target)
                 progress.add(length)
         return
     for chunk in step.chunks():

@@ -1,0 +1,128 @@
+"""The command line: exit codes, messages, tables, JSON; no torch where it says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from taia.cli import app, split_list
+
+TAIA = Path(sys.executable).with_name("taia")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user starts it."""
+    return subprocess.run(
+        [str(TAIA), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_plan_splice_verify(pair, tmp_path):
+    base, tuned = pair("llama")
+    table = run("plan", base, tuned)
+    assert table.returncode == 0
+    assert "attention" in table.stdout
+    planned = json.loads(run("plan", base, tuned, "--keep", "taia-full", "--json").stdout)
+    assert planned["selection"] == "all - ffn - router"
+    assert planned["faults"] == []
+    assert planned["tensors"][0].keys() == {
+        *("name", "kind", "layer", "projection", "tower", "source", "strength", "bytes")
+    }
+    assert planned["totals"]["all"]["tensors"] == len(planned["tensors"])
+    done = run("splice", base, tuned, tmp_path / "out", "--keep", "attention")
+    assert done.returncode == 0
+    assert "keeping 'attention'" in done.stdout
+    assert run("verify", tmp_path / "out").returncode == 0
+    receipt = json.loads(run("verify", tmp_path / "out", "--json").stdout)
+    assert receipt["selection"] == "attention"
+
+
+def test_a_failed_check_exits_with_one(pair, tmp_path):
+    run("splice", *pair("llama"), tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    failed = run("verify", tmp_path / "out")
+    assert failed.returncode == 1
+    assert "config.json: altered" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "nowhere", "nowhere"), "no such folder"),
+        (("splice", "{base}", "{tuned}", "{out}", "--keep", "atention"), "column 1"),
+        (("splice", "{base}", "{tuned}", "{out}", "--keep", "router"), "matches nothing"),
+        (("splice", "{base}", "{tuned}", "{out}", "--merge"), "--merge is for adapters"),
+        (("splice", "{base}", "{tuned}", "{base}"), "--overwrite"),
+        (("verify", "nowhere"), "no taia.json"),
+        (("report", "nowhere"), "nowhere"),
+        (("run", "nowhere.yaml"), "nowhere.yaml"),
+        (("eval", "--base", "{base}", "--tasks", "arc_eesy", "--out", "{out}"), "arc_easy"),
+        (("train", "--base", "{base}", "--data", "nowhere.jsonl", "--out", "{out}"), "nowhere"),
+        (("plan", "{base}"), "TUNED"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_two(pair, tmp_path, arguments, words):
+    base, tuned = pair("llama")
+    places = {"base": base, "tuned": tuned, "out": tmp_path / "out"}
+    done = run(*(argument.format(**places) for argument in arguments))
+    code = 1 if arguments[0] == "verify" else 2
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_faults_exits_with_two(pair):
+    base, _ = pair("llama")
+    _, other = pair("qwen2")
+    done = run("plan", base, other)
+    assert done.returncode == 2
+    assert "model types differ" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"]])
+def test_help_does_not_import_torch(arguments):
+    code = (
+        "import sys\nfrom taia.cli import main\n"
+        f"sys.argv = ['taia', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'lm_eval'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_plan_does_not_import_torch(pair):
+    base, tuned = pair("llama")
+    code = (
+        "import sys\nfrom taia.cli import main\n"
+        f"sys.argv = ['taia', 'plan', {str(base)!r}, {str(tuned)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("base,vanilla", ["base", "vanilla"]),
+        ("taia, attention + ffn[0,5,7]", ["taia", "attention + ffn[0,5,7]"]),
+        ("all*linear(0.2, 1),base,", ["all*linear(0.2, 1)", "base"]),
+        ("", []),
+    ],
+)
+def test_lists_split_outside_of_brackets(text, parts):
+    assert split_list(text) == parts
+
+
+@pytest.mark.parametrize("command", ["plan", "splice", "verify", "train", "eval", "run", "report"])
+def test_every_command_has_help(command):
+    shown = CliRunner().invoke(app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output

@@ -1,0 +1,138 @@
+"""What holds the code base together: the floors, the README's tree, the exported names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import taia
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "taia"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+FLOORS = [
+    {"cli", "__main__"},
+    {"experiment"},
+    {"recipe", "report", "report_plots"},
+    {"evaluation"},
+    {"training", "analysis"},
+    {"verify"},
+    {"splice", "attach"},
+    {"slicing", "pieces"},
+    {"card", "load"},
+    {"plan"},
+    {"adapter"},
+    {"writing", "receipt", "arrays"},
+    {"selection"},
+    {"kinds", "checkpoint"},
+    {"sources", "files"},
+    {"errors"},
+]
+"""From the top down. A module imports from its own floor and from those below."""
+
+
+def floor(module: str) -> int:
+    return next(level for level, names in enumerate(FLOORS) if module in names)
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path, *, everywhere: bool) -> list[str]:
+    """Names of imported modules; of the whole file, or of its top level alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_point_downwards(file):
+    if file == SOURCE / "__init__.py":
+        return
+    here = floor(name_of(file))
+    for module in imports(file, everywhere=True):
+        if module.startswith("taia."):
+            there = module.split(".")[1]
+            # plan unpacks a GGUF file through load when it meets one; load knows no plan
+            if (name_of(file), there) != ("plan", "load"):
+                assert floor(there) >= here, f"{file.name} imports {module} from above"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_heavy_imports_are_not_at_the_top(file):
+    heavy = {"torch", "transformers", "peft", "trl", "lm_eval", "datasets", "plotly", "accelerate"}
+    assert not heavy & {module.split(".")[0] for module in imports(file, everywhere=False)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_every_module_says_what_it_is_and_stays_short(file):
+    text = file.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 400
+
+
+def test_exported_names_are_there_and_sorted_by_home():
+    assert set(taia.__all__) == set(taia._HOME)
+    for name in taia.__all__:
+        assert getattr(taia, name) is not None
+    with pytest.raises(AttributeError):
+        taia.nothing_of_this_name  # noqa: B018
+
+
+def test_importing_taia_imports_next_to_nothing():
+    code = "import sys, taia; assert not {'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## The tree\n\n(.*?)\n\n", text, re.DOTALL)
+    assert block
+    told, folders = set(), []
+    for line in block[1].splitlines():
+        match = re.match(r"^    ( *)(\S+)\s{2,}\S", line)
+        assert match, f"no comment: {line}"
+        depth = len(match[1]) // 2
+        folders = [*folders[:depth], match[2].rstrip("/")]
+        if not match[2].endswith("/"):
+            told.add("/".join(folders))
+    listed = subprocess.run(
+        ["git", "ls-files", "src", "tools", "benchmarks", "recipes", "docs"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    kept = {
+        name for name in listed
+        if not name.endswith(("__init__.py", "__main__.py", "py.typed"))
+        and "/tasks/" not in name
+    }  # fmt: skip
+    assert told - {"src/taia/evaluation/tasks"} == kept
+
+
+def test_constraints_pin_everything_exactly():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert "torch==2.13.0" in pins
+
+
+def test_no_file_names_a_machine():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    home = re.compile(r"(?<![\w./])/(root|home|work|tmp)/\w")
+    for name in listed:
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ".jinja", ""}:
+            assert not home.search(path.read_text(encoding="utf-8")), name
