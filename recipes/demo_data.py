@@ -2,15 +2,19 @@
 
 The wheel `evals==3.0.1.post1` (OpenAI Evals, MIT licence) holds public sets as JSON
 Lines. A package index has it where no model or data hub can be reached. This script
-downloads the wheel with pip, never installs it and never runs a line of it, reads five
+downloads the wheel with pip, never installs it and never runs a line of it, reads six
 members, checks each against a pinned SHA-256, and writes
 
     ${TAIA_CACHE:-~/.cache/taia}/demo/
         train/sarcasm.jsonl     {"id", "messages", "source"}: is this headline sarcastic?
-        eval/socialiqa.jsonl    {"id", "question", "choices", "answer"}: social situations
+        eval/jobs.jsonl         {"id", "question", "choices", "answer"}: class of a job title
         eval/singer.jsonl       who sings these words?
         eval/medmcqa.jsonl      medical entrance examinations
         eval/radio.jsonl        the amateur radio licence (FCC Amateur Extra)
+        eval/socialiqa.jsonl    social situations
+
+The options are the sets' own, but for jobs, which has answers only: there three other
+answers of the set, drawn at random, stand beside the right one.
 
 A record that does not parse by its set's strict rule, or that repeats another, is left
 out and counted. Order: `random.Random(0)`; the recipe's `limit` takes the first ones.
@@ -106,6 +110,28 @@ def radio(record: Record) -> Record | None:
     return choice(*parts, str(record["ideal"])) if parts else None
 
 
+def jobs(record: Record) -> Record | None:
+    """`... for the job title TITLE'` and the class as free text; options are added later."""
+    title = re.fullmatch(r"What is the SOC Code for the job title (.+)'", user_turn(record))
+    answer = str(record["ideal"]).strip()
+    if not title or not answer:
+        return None
+    question = f"What kind of occupation is the job title {title[1]}?"
+    return {"question": question, "choices": [answer], "answer": 0}
+
+
+def add_options(records: list[Record], wanted: int = 4) -> None:
+    """Give every record with one option others, drawn from the answers of the whole set."""
+    answers = sorted({option for record in records for option in record.get("choices", ())})
+    for record in records:
+        if len(record.get("choices", ())) == 1:
+            draw = random.Random(record["id"])
+            gold = record["choices"][0]
+            others = draw.sample([answer for answer in answers if answer != gold], wanted - 1)
+            record["choices"] = draw.sample([gold, *others], wanted)
+            record["answer"] = record["choices"].index(gold)
+
+
 def singer(record: Record) -> Record | None:
     """`Text: words of a song`, then the line `Choices: one, another, a third`."""
     text, mark, listed = user_turn(record).partition("\nChoices: ")
@@ -135,6 +161,12 @@ SETS = (
         "sarcasm/samples.jsonl",
         "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46",
         sarcasm,
+    ),
+    Set(
+        "eval/jobs.jsonl",
+        "soc_codes/samples.jsonl",
+        "420b2cb1fe3a5536b41889f3506dc48d0cbab25302eea4b39890b6590d170619",
+        jobs,
     ),
     Set(
         "eval/socialiqa.jsonl",
@@ -177,6 +209,7 @@ def convert(lines: Iterable[str], wanted: Set) -> tuple[list[Record], int]:
             continue
         seen.add(key)
         records.append({"id": f"{name}-{number}", **record})
+    add_options(records)
     random.Random(0).shuffle(records)
     return records, skipped
 
@@ -250,7 +283,7 @@ def _intact(path: Path, wanted: Set, known: dict[str, Record]) -> bool:
     row = known.get(wanted.target)
     if row is None or row["member"] != wanted.sha256 or not path.is_file():
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+    return bool(hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"])
 
 
 def cache() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,17 @@ def test_every_command_has_help(command):
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0
     assert "Usage" in shown.output
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(pair, tmp_path, stop):
+    base, tuned = pair("llama")
+    code = (
+        "import os, sys, taia.splice as splice\nfrom taia.cli import main\n"
+        f"splice.header_of = lambda tensors: os.kill(os.getpid(), {int(stop)})\n"
+        f"sys.argv = ['taia', 'splice', {str(base)!r}, {str(tuned)!r}, {str(tmp_path / 'out')!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (130, 143)
+    assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,10 @@ CASES = {
     "radio": turn("Which is it?\nA. one\nB. glad: very\nC. two\n", "B"),
     "singer": turn("Text: la la \nChoices: one, glad: very, two", "glad: very"),
 }
+JOBS = [
+    turn(f"What is the SOC Code for the job title {title}'", f" {title}s")
+    for title in ("Baker", "Cook", "Guide", "Nurse")
+]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,6 +63,7 @@ def test_a_good_record_parses(script: ModuleType, name: str) -> None:
         ("radio", turn("A. one\nB. two", "A")),
         ("singer", turn("Text: la\nChoices: one, two", "three")),
         ("sarcasm", turn("no system turn", "1")),
+        ("jobs", turn("What is the SOC Code for the job title Cook?", " Cooks")),
     ],
 )
 def test_a_record_that_does_not_parse_is_none(
@@ -76,6 +81,16 @@ def test_convert_counts_what_it_leaves_out(script: ModuleType) -> None:
     assert records[0]["id"] == "radio-1"
 
 
+def test_jobs_are_given_other_answers_as_options(script: ModuleType) -> None:
+    wanted = script.Set("eval/jobs.jsonl", "", "", script.jobs)
+    records, _ = script.convert([json.dumps(record) for record in JOBS], wanted)
+    for record in records:
+        assert sorted(record["choices"]) == ["Bakers", "Cooks", "Guides", "Nurses"]
+        title = record["question"].removesuffix("?").rpartition(" ")[2]
+        assert record["choices"][record["answer"]] == f"{title}s"
+    assert script.convert([json.dumps(record) for record in JOBS], wanted)[0] == records
+
+
 @pytest.fixture
 def wheel(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel of the same layout with one record a set, and its digests pinned."""
@@ -85,7 +100,8 @@ def wheel(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with zipfile.ZipFile(path, "w") as archive:
         for wanted in script.SETS:
             name = wanted.parse.__name__
-            content = json.dumps(CASES.get(name, sarcasm)).encode()
+            records = JOBS if name == "jobs" else [CASES.get(name, sarcasm)]
+            content = "\n".join(json.dumps(record) for record in records).encode()
             archive.writestr(script.MEMBERS + wanted.member, content)
             digest = hashlib.sha256(content).hexdigest()
             pinned.append(script.Set(wanted.target, wanted.member, digest, wanted.parse))
@@ -97,7 +113,7 @@ def test_files_are_written_once_and_mended(script: ModuleType, wheel: Path, tmp_
     folder = tmp_path / "demo"
     rows = script.prepare(folder, wheel)
     assert [name for name, _, _ in rows] == [wanted.target for wanted in script.SETS]
-    assert {count for _, count, _ in rows} == {1}
+    assert {name: count for name, count, _ in rows if count != 1} == {"eval/jobs.jsonl": 4}
     file = folder / "eval" / "radio.jsonl"
     before, time = file.read_bytes(), file.stat().st_mtime_ns
     assert script.prepare(folder, None) == rows  # no wheel is needed

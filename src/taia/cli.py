@@ -7,6 +7,7 @@ command that needs it, so that `taia --help` and `taia plan` do not import torch
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -221,6 +222,7 @@ def split_list(text: str) -> list[str]:
 
 def main() -> NoReturn:
     """Run the command line. A TaiaError becomes one message and its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs go
     try:
         app()
     except TaiaError as error:

@@ -96,17 +96,12 @@ def run(recipe: str | Path, out: str | Path | None = None, *, overwrite: bool = 
     inputs = _check_inputs(cell)
     lock = _begin(cell, path.read_text("utf-8"), inputs, overwrite=overwrite)
     console = Console(stderr=True)
-    stages: list[tuple[str, str, Callable[[Cell, Console], None]]] = [
-        ("deltas", "deltas.json", _deltas),
-        ("evaluate", "summary.json", _evaluate),
-        ("report", "report.html", _report),
-    ]
-    if cell.trains:
-        stages.insert(0, ("train", "train/train.json", _train))
-    for name, product, stage in stages:
-        if name in lock["stages"] and (folder / product).is_file():
+    stale = False  # what follows a stage that was carried out again is carried out again too
+    for name, product, stage in _stages(cell):
+        if not stale and name in lock["stages"] and (folder / product).is_file():
             console.print(f"[bold]{name}[/bold]: done before")
             continue
+        stale = True
         console.print(f"[bold]{name}[/bold] ...")
         start = time.monotonic()
         stage(cell, console)
@@ -116,6 +111,18 @@ def run(recipe: str | Path, out: str | Path | None = None, *, overwrite: bool = 
         _write_lock(folder, lock)
         console.print(f"[bold]{name}[/bold]: done in {_duration(seconds)}")
     return folder
+
+
+def _stages(cell: Cell) -> list[tuple[str, str, Callable[[Cell, Console], None]]]:
+    """The stages in their order: name, the file that appears when it is done, what does it."""
+    training: list[tuple[str, str, Callable[[Cell, Console], None]]] = [
+        ("train", "train/train.json", _train)
+    ]
+    return (training if cell.trains else []) + [
+        ("deltas", "deltas.json", _deltas),
+        ("evaluate", "summary.json", _evaluate),
+        ("report", "report.html", _report),
+    ]
 
 
 def _cell(recipe: Recipe, beside: Path, out: Path) -> Cell:
@@ -163,6 +170,8 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
         form["tuned"] = None if cell.is_adapter else cell.change
         change = find_change(cell.base, form["adapter"], form["tuned"], variants)
         assert change is not None
+        if change.path.resolve().is_relative_to(cell.out.resolve()):
+            raise RecipeError(f"{cell.out}: {cell.change} is in there; name another folder")
         inputs["adapter" if cell.is_adapter else "tuned"] = identity(change)
     data = Path(cell.eval_data) if cell.eval_data is not None else None
     for task in find_tasks(stated.evaluate.tasks, data):
