@@ -2,16 +2,14 @@
 
 The wheel `evals==3.0.1.post1` (OpenAI Evals, MIT licence) holds public sets as JSON
 Lines. A package index has it where no model or data hub can be reached. This script
-downloads the wheel with pip, never installs it and never runs a line of it, reads six
+downloads the wheel with pip, never installs it and never runs a line of it, reads four
 members, checks each against a pinned SHA-256, and writes
 
     ${TAIA_CACHE:-~/.cache/taia}/demo/
         train/sarcasm.jsonl     {"id", "messages", "source"}: is this headline sarcastic?
         eval/jobs.jsonl         {"id", "question", "choices", "answer"}: class of a job title
         eval/singer.jsonl       who sings these words?
-        eval/medmcqa.jsonl      medical entrance examinations
         eval/radio.jsonl        the amateur radio licence (FCC Amateur Extra)
-        eval/socialiqa.jsonl    social situations
 
 The options are the sets' own, but for jobs, which has answers only: there three other
 answers of the set, drawn at random, stand beside the right one.
@@ -84,26 +82,6 @@ def sarcasm(record: Record) -> Record | None:
     return {"messages": [*record["input"], answer], "source": "evals/sarcasm"}
 
 
-def socialiqa(record: Record) -> Record | None:
-    """`Situation. Question? A: ...; B: ...; C: ....` on one line."""
-    text = user_turn(record).strip().removesuffix(".")
-    parts = letters(text, r"(?:(?<=\?)|;) (?P<letter>[A-Z]): ")
-    return choice(*parts, str(record["ideal"])) if parts else None
-
-
-def medmcqa(record: Record) -> Record | None:
-    """`Subject: ...`, a question, then the lines `a) ...` to `d) ...`."""
-    subject, _, text = user_turn(record).partition("\n\n")
-    parts = letters(text, r"\n(?P<letter>[a-d])\) ")
-    letter, mark, answer = str(record["ideal"]).partition(") ")
-    if not subject.startswith("Subject: ") or not parts or not mark:
-        return None
-    made = choice(*parts, letter)
-    if made is None or parts[1][made["answer"]] != answer.strip():
-        return None
-    return made | {"subject": subject.removeprefix("Subject: ")}
-
-
 def radio(record: Record) -> Record | None:
     """A question, then the lines `A. ...` to `D. ...`."""
     parts = letters(user_turn(record), r"\n(?P<letter>[A-D])\. ")
@@ -169,22 +147,10 @@ SETS = (
         jobs,
     ),
     Set(
-        "eval/socialiqa.jsonl",
-        "theory_of_mind/socialiqa/test.jsonl",
-        "33e5a7e1f8270934fcff115f18ca51aede77987d1225cf3ac718a22fb1715714",
-        socialiqa,
-    ),
-    Set(
         "eval/singer.jsonl",
         "guess_the_singer/samples.jsonl",
         "5a14da57f62c14c1d11d688b1d93c6664260c27925d2f3ccf5fb57391a62deaa",
         singer,
-    ),
-    Set(
-        "eval/medmcqa.jsonl",
-        "medmcqa/samples.jsonl",
-        "833cc45e0d32881afb2f6a6aa00524c77071833acf9bc8729ae1423ea0beb260",
-        medmcqa,
     ),
     Set(
         "eval/radio.jsonl",

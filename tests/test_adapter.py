@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -349,3 +350,149 @@ def build_copy(base: Path):
 
 def test_build_makes_what_the_families_say():
     assert build("llama", 0).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_lora_on_an_end_is_merged_although_peft_saves_the_weight_beside_it(pair, tmp_path, target):
+    base, _ = pair("qwen2")
+    adapter = save_adapter(
+        base, tmp_path / "a", target_modules=[target, "q_proj"], r=4, lora_alpha=8
+    )
+    by_peft = logits(PeftModel.from_pretrained(load(base), adapter))
+    taia.splice(base, adapter, tmp_path / "merged", keep="all", merge=True)
+    assert close(by_peft, logits(load(tmp_path / "merged")))
+    model = load(base)
+    with taia.attach(model, adapter).using("all"):
+        assert close(by_peft, logits(model))
+
+
+def test_a_tied_end_is_not_merged_on_one_side(pair, tmp_path):
+    shutil.copytree(pair("gpt2")[0], tmp_path / "base")
+    base = tmp_path / "base"
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # true unless it says otherwise
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = save_adapter(
+        base, tmp_path / "a", target_modules=["wte"], fan_in_fan_out=False, r=4, lora_alpha=8
+    )
+    with pytest.raises(taia.TaiaError, match="share this tensor"):
+        taia.splice(base, adapter, tmp_path / "out", keep="all", merge=True)
+
+
+def test_orientation_follows_the_architecture_not_the_configuration(pair, tmp_path):
+    base, _ = pair("gpt2")
+    adapter = save_adapter(base, tmp_path / "a", target_modules=["attn.c_proj"], r=4, lora_alpha=8)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    by_peft = logits(PeftModel.from_pretrained(load(base), adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
+    taia.splice(base, adapter, tmp_path / "merged", keep="all", merge=True)
+    assert close(by_peft, logits(load(tmp_path / "merged")))
+
+
+def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):
+    base, _ = pair("llama")
+    adapter = save_adapter(
+        base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["layers.2"], r=4
+    )
+    model = load(base)
+    live = taia.attach(model, adapter)
+    with pytest.raises(taia.TaiaError, match="on or off as a whole"), live.using("attention"):
+        pass
+    with live.using("all"):
+        assert close(logits(model), logits(PeftModel.from_pretrained(load(base), adapter)))
+
+
+def test_a_configuration_that_contradicts_the_file_leaves_the_model_alone(adapters, tmp_path):
+    base, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    stored = (adapter / "adapter_model.safetensors").read_bytes()
+    (other / "adapter_model.safetensors").write_bytes(stored)
+    for change in ({"target_modules": ["q_proj"]}, {"r": 7}, {"target_modules": ["typo"]}):
+        (other / "adapter_config.json").write_text(json.dumps(config | change))
+        model = load(base)
+        names = list(model.state_dict())
+        with pytest.raises(taia.TaiaError, match="disagree"):
+            taia.attach(model, other)
+        assert list(model.state_dict()) == names
+
+
+def test_close_gives_back_modules_and_flags(pair, tmp_path):
+    base, _ = pair("qwen2")
+    adapter = save_adapter(
+        base, tmp_path / "a", bias="all", modules_to_save=["norm"], r=4, lora_alpha=4
+    )
+    model = load(base)
+    model.model.layers[0].train()
+    plain = logits(load(base))
+    modules = {name: id(module) for name, module in model.named_modules()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    live = taia.attach(model, adapter)
+    with live.using("all"):
+        pass
+    live.close()
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(taia.TaiaError, match="attach it again"), live.using("all"):
+        pass
+
+
+def test_layers_from_the_end_need_a_base(adapters, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    lonely = tmp_path / "lonely"
+    lonely.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (lonely / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": None})
+    )
+    (lonely / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    for keep in ("attention[-2:]", "all*linear(0, 1)"):
+        with pytest.raises(taia.TaiaError, match="name the base model"):
+            taia.slice_adapter(lonely, tmp_path / "out", keep=keep)
+
+
+def test_an_adapter_of_other_shapes_is_not_sliced(adapters, pair, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    wide, _ = pair("llama", intermediate_size=64)
+    with pytest.raises(taia.TaiaError, match="made for another model"):
+        taia.splice(wide, adapter, tmp_path / "out", keep="attention")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "x"},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(": 3}},
+        {"target_modules": [["q"]]},
+        {"base_model_name_or_path": 5},
+    ],
+)
+def test_a_configuration_of_the_wrong_types_is_one_message(adapters, tmp_path, change):
+    _, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | change))
+    (other / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(taia.TaiaError, match="not a LoRA configuration"):
+        read_adapter(other)
+
+
+def test_a_sliced_or_merged_output_does_not_replace_its_sources(adapters):
+    base, adapter = adapters("llama", "plain")
+    for out in (adapter, base, base.parent):
+        with pytest.raises(taia.TaiaError, match="one of the two models"):
+            taia.splice(base, adapter, out, overwrite=True)
+    assert read_adapter(adapter).modules

@@ -122,6 +122,7 @@ def test_index_that_names_a_file_outside(copies, shard):
 
 
 def test_index_that_names_a_missing_shard(copies):
+    (copies[1] / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-9.safetensors"}}
     (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(*copies, "cannot be read")
@@ -131,6 +132,13 @@ def test_index_and_shard_disagree(copies):
     index = {"weight_map": {"model.norm.weight": "model.safetensors", "x": "model.safetensors"}}
     (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(*copies, "named in model.safetensors.index.json, stored nowhere")
+
+
+def test_two_sets_of_weights(copies):
+    (copies[1] / "m.safetensors").write_bytes((copies[1] / "model.safetensors").read_bytes())
+    index = {"weight_map": {"model.norm.weight": "m.safetensors"}}
+    (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(*copies, "two sets of weights")
 
 
 def test_other_shapes(copies, pair):
@@ -192,8 +200,12 @@ def test_destination_exists(copies):
 
 
 def test_destination_is_a_source(copies):
-    with pytest.raises(TaiaError, match="one of the two models"):
-        taia.splice(*copies, copies[0], overwrite=True)
+    for out in (copies[0], copies[0].parent):
+        with pytest.raises(TaiaError, match="one of the two models"):
+            taia.splice(*copies, out, overwrite=True)
+    for out in (Path(), Path.home()):
+        with pytest.raises(TaiaError, match="name a new folder"):
+            taia.splice(*copies, out, overwrite=True)
     taia.splice(*copies, copies[0].parent / "out")
 
 

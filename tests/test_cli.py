@@ -133,7 +133,7 @@ def test_every_command_has_help(command):
 def test_a_signal_leaves_nothing(pair, tmp_path, stop):
     base, tuned = pair("llama")
     code = (
-        "import os, sys, taia.splice as splice\nfrom taia.cli import main\n"
+        "import os, sys\nfrom taia.cli import main\nsplice = sys.modules['taia.splice']\n"
         f"splice.header_of = lambda tensors: os.kill(os.getpid(), {int(stop)})\n"
         f"sys.argv = ['taia', 'splice', {str(base)!r}, {str(tuned)!r}, {str(tmp_path / 'out')!r}]\n"
         "main()"

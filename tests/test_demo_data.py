@@ -32,8 +32,6 @@ def turn(text: str, ideal: str) -> dict[str, Any]:
 
 
 CASES = {
-    "socialiqa": turn("Al fell. How would Al feel? A: hurt; B: glad: very; C: tall.", "B"),
-    "medmcqa": turn("Subject: Anatomy\n\nWhich is it?\n\na) One\nb) glad: very", "b) glad: very"),
     "radio": turn("Which is it?\nA. one\nB. glad: very\nC. two\n", "B"),
     "singer": turn("Text: la la \nChoices: one, glad: very, two", "glad: very"),
 }
@@ -55,12 +53,11 @@ def test_a_good_record_parses(script: ModuleType, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "record"),
     [
-        ("socialiqa", turn("Al fell. How? A: hurt; B: glad.", "C")),
-        ("socialiqa", turn("Al fell. How? A: hurt; C: glad.", "A")),
-        ("socialiqa", turn("Al fell. How? A: hurt; B: hurt.", "A")),
-        ("socialiqa", turn("Al fell.", "A")),
-        ("medmcqa", turn("Subject: Anatomy\n\nWhich?\n\na) One\nb) Two", "b) Three")),
         ("radio", turn("A. one\nB. two", "A")),
+        ("radio", turn("Which?\nA. one\nC. two", "A")),
+        ("radio", turn("Which?\nA. one\nB. one", "A")),
+        ("radio", turn("Which?\nA. one\nB. two", "C")),
+        ("radio", turn("Which?", "A")),
         ("singer", turn("Text: la\nChoices: one, two", "three")),
         ("sarcasm", turn("no system turn", "1")),
         ("jobs", turn("What is the SOC Code for the job title Cook?", " Cooks")),

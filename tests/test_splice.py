@@ -209,3 +209,10 @@ def test_the_whole_path_imports_no_torch(pair, tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, str(base), str(tuned), str(tmp_path / "out")], check=True
     )
+
+
+def test_a_strength_beyond_the_dtype_is_refused(pair, tmp_path):
+    base, tuned = pair("llama", "float16")
+    with pytest.raises(taia.TaiaError, match="no longer a finite"):
+        taia.splice(base, tuned, tmp_path / "out", keep="all*1e7")
+    assert list(tmp_path.iterdir()) == []

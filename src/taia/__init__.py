@@ -6,8 +6,7 @@
     taia.splice("base/", "tuned/", "out/", keep="attention")
     taia.verify("out/")
 
-Names are loaded when they are first used, so that `import taia` costs nothing and never
-imports torch.
+Whatever needs torch is loaded when it is first used: `import taia` never imports torch.
 """
 
 from __future__ import annotations
@@ -15,22 +14,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
+# Five functions share their names with their modules. They are imported here, at once, so that
+# a later import of the module does not put the module in the function's place.
+from taia.attach import Live, attach
+from taia.errors import TaiaError, VerificationError
+from taia.kinds import Address, Kind, classify
+from taia.plan import Plan, plan
+from taia.receipt import Receipt
+from taia.report import report
+from taia.selection import PRESETS, Selection
+from taia.slicing import slice_adapter
+from taia.splice import splice
+from taia.verify import verify
+
 if TYPE_CHECKING:
-    from taia.attach import Live, attach
-    from taia.errors import TaiaError, VerificationError
     from taia.evaluation.harness import evaluate
     from taia.experiment import run
-    from taia.kinds import Address, Kind, classify
-    from taia.plan import Plan, plan
-    from taia.receipt import Receipt
-    from taia.report import report
-    from taia.selection import PRESETS, Selection
-    from taia.slicing import slice_adapter
-    from taia.splice import splice
     from taia.training.finetune import finetune
-    from taia.verify import verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
@@ -54,34 +56,14 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
-    "PRESETS": "selection",
-    "Address": "kinds",
-    "Kind": "kinds",
-    "Live": "attach",
-    "Plan": "plan",
-    "Receipt": "receipt",
-    "Selection": "selection",
-    "TaiaError": "errors",
-    "VerificationError": "errors",
-    "attach": "attach",
-    "classify": "kinds",
-    "evaluate": "evaluation.harness",
-    "finetune": "training.finetune",
-    "plan": "plan",
-    "report": "report",
-    "run": "experiment",
-    "slice_adapter": "slicing",
-    "splice": "splice",
-    "verify": "verify",
-}
-"""The module of each public name."""
+_LAZY = {"evaluate": "evaluation.harness", "finetune": "training.finetune", "run": "experiment"}
+"""Name -> module, for what is loaded on first use."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _LAZY:
         raise AttributeError(f"module 'taia' has no attribute {name!r}")
-    value = getattr(import_module(f"taia.{_HOME[name]}"), name)
+    value = getattr(import_module(f"taia.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 

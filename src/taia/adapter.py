@@ -7,23 +7,30 @@ rows of base + delta to trained magnitudes (Liu et al. 2024, arXiv 2402.09353), 
 needs the base weight. Beside factors an adapter can hold whole tensors: biases,
 `modules_to_save`, saved embeddings.
 
-Only headers are read here, weights when a delta is asked for. Settings that change the
-delta in ways not computed here are refused by name.
+Only headers are read here, weights when a delta is asked for.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taia.checkpoint import FLOATS, Tensor, read_header
+from taia.checkpoint import Tensor, read_header
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
 from taia.files import read_json
 from taia.kinds import Address, classify_all, classify_by_agreement
+from taia.lora import (
+    CONV1D_NAMES,
+    CONV1D_TYPES,
+    LoraModule,
+    LoraSettings,
+    make_module,
+    module_fault,
+    refuse_other_methods,
+    sorted_tensors,
+)
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 
@@ -31,10 +38,8 @@ if TYPE_CHECKING:
     from taia.arrays import Array
 
 __all__ = [
-    "PREFIX",
     "WEIGHTS",
     "Adapter",
-    "LoraModule",
     "addresses_of",
     "architecture_of",
     "kept_strengths",
@@ -42,58 +47,8 @@ __all__ = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-FACTOR = re.compile(
-    r"^(?P<module>.+?)\."
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
-)
-PARTS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
-         "lora_magnitude_vector": "magnitude"}  # fmt: skip
-
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What families call their number of layers in config.json."""
-
-OTHER_DELTAS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-    "use_qalora", "velora_config",
-)  # fmt: skip
-"""Settings of LoRA under which `scale * B @ A` is not the delta."""
-
-MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that also change the base weights; PEFT can convert them when saving."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """The factors of one module, as stored. Embeddings store theirs under other names."""
-
-    name: str
-    a: Tensor
-    b: Tensor
-    magnitude: Tensor | None
-    scale: float
-    transposed: bool  # Conv1D stores its weight as (in, out), and the delta likewise
-    embedding: bool
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension of the product."""
-        return self.a.shape[0]
-
-    @property
-    def weight(self) -> str:
-        """The name of the weight that the delta belongs to."""
-        return f"{self.name}.weight"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight that the delta belongs to."""
-        if self.embedding:
-            return self.a.shape[1], self.b.shape[0]
-        out, into = self.b.shape[0], self.a.shape[1]
-        return (into, out) if self.transposed else (out, into)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +58,27 @@ class Adapter:
     text: str
     path: Path
     config: Mapping[str, Any]
+    settings: LoraSettings
     modules: Mapping[str, LoraModule]
     whole: Mapping[str, Tensor]
+
+    def of(self, model_type: str | None) -> Adapter:
+        """The adapter on a model of one type, which tells the orientation of its weights.
+
+        PEFT stores one `fan_in_fan_out` for all modules, whatever each of them is.
+        """
+        if model_type is None:
+            return self
+        modules = {
+            name: replace(
+                module,
+                transposed=model_type in CONV1D_TYPES
+                and name.rpartition(".")[2] in CONV1D_NAMES
+                and not module.embedding,
+            )
+            for name, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def factors(self, module: LoraModule) -> tuple[Array, Array]:
         """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
@@ -157,21 +131,22 @@ def read_adapter(source: str | Path | Source) -> Adapter:
     config = read_json(found.path / "adapter_config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{found.path / 'adapter_config.json'}: not a JSON object")
-    _refuse_other_methods(found.path, config)
+    refuse_other_methods(found.path, config)
+    settings = LoraSettings.read(found.path / "adapter_config.json", config)
     _require_weights(found.path)
-    parts, whole, faults = _sorted_tensors(read_header(found.path / WEIGHTS))
+    parts, whole, faults = sorted_tensors(read_header(found.path / WEIGHTS))
     modules = {}
     for name, of_module in parts.items():
-        fault = _module_fault(name, of_module)
+        fault = module_fault(name, of_module)
         if fault:
             faults.append(fault)
         else:
-            modules[name] = _module(name, of_module, config)
+            modules[name] = make_module(name, of_module, settings)
     if not faults and not modules and not whole:
         faults = ["holds no tensors"]
     if faults:
         raise CheckpointError(f"{found.path / WEIGHTS}: not a readable adapter", faults)
-    return Adapter(found.text, found.path, config, modules, whole)
+    return Adapter(found.text, found.path, config, settings, modules, whole)
 
 
 def _require_weights(folder: Path) -> None:
@@ -185,27 +160,6 @@ def _require_weights(folder: Path) -> None:
     raise SourceError(f"{folder}: no {WEIGHTS} in it")
 
 
-def _sorted_tensors(
-    stored: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """Factors by module and part, whole tensors by weight name, and a fault for anything else."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    faults: list[str] = []
-    for key, tensor in stored.items():
-        name = key.removeprefix(PREFIX)
-        match = FACTOR.match(name)
-        if tensor.dtype not in FLOATS:
-            faults.append(f"{key}: a delta of dtype {tensor.dtype}")
-        elif not key.startswith(PREFIX) or (match is None and "lora_" in name):
-            faults.append(f"{key}: not a tensor of a LoRA adapter that is known here")
-        elif match is not None:
-            parts.setdefault(match["module"], {})[match["part"]] = tensor
-        else:
-            whole[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
-    return parts, whole, faults
-
-
 def architecture_of(
     adapter: Adapter, base: str | Path | Source | None = None
 ) -> tuple[str | None, int | None]:
@@ -215,14 +169,17 @@ def architecture_of(
     is a folder on this disk. Nothing is downloaded for it.
     """
     if base is None:
-        named = adapter.config.get("base_model_name_or_path")
-        if not isinstance(named, str) or not (Path(named) / "config.json").is_file():
+        named = adapter.settings.base_model_name_or_path
+        folder = Path(named) if named else Path()
+        try:
+            if not named or not (folder / "config.json").is_file():
+                return None, None
+        except OSError:  # a name that no file can have
             return None, None
-        folder = Path(named)
     else:
         found = resolve(base)
-        if found.form is not Form.CHECKPOINT:
-            return None, None
+        if found.form is Form.GGUF:
+            return None, _gguf_depth(found.path)
         folder = found.path
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -231,6 +188,17 @@ def architecture_of(
     depths = config | text if isinstance(text, dict) else config
     layers = next((depths[key] for key in DEPTH_KEYS if isinstance(depths.get(key), int)), None)
     return config["model_type"], layers
+
+
+def _gguf_depth(path: Path) -> int | None:
+    """The number of layers that a GGUF file states; None without the gguf package."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        return None
+    fields = GGUFReader(path).fields
+    counts = [field for name, field in fields.items() if name.endswith(".block_count")]
+    return int(counts[0].contents()) if counts else None
 
 
 def addresses_of(adapter: Adapter, model_type: str | None) -> dict[str, Address]:
@@ -256,6 +224,11 @@ def kept_strengths(
     Raises SelectionError for a term without a match, and MismatchError where DoRA or a whole
     tensor would have a strength other than 0 and 1: neither scales like a product of factors.
     """
+    if layers is None and selection.needs_depth:
+        raise SelectionError(
+            f"{adapter.text}: '{selection}' counts layers from the end, and the adapter does not "
+            "tell how many its model has; name the base model"
+        )
     try:
         by_address = selection.strengths(addresses.values(), layers)
     except SelectionError as error:
@@ -274,62 +247,3 @@ def kept_strengths(
             faults,
         )
     return strengths
-
-
-def _refuse_other_methods(path: Path, config: Mapping[str, Any]) -> None:
-    method = config.get("peft_type")
-    if method != "LORA":
-        raise SourceError(f"{path}: an adapter of type {method}; LoRA and DoRA are known here")
-    active = [setting for setting in OTHER_DELTAS if config.get(setting)]
-    if active:
-        raise SourceError(
-            f"{path}: its setting {', '.join(active)} makes its delta another than scale * B @ A, "
-            "which is not supported. Merge it with PEFT's merge_and_unload and use the checkpoint"
-        )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MUTATING_INITS):
-        raise SourceError(
-            f"{path}: init_lora_weights={start!r} also changed the base weights, so its factors "
-            "are not the delta from the base; convert it with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-
-
-def _module_fault(name: str, parts: Mapping[str, Tensor]) -> str | None:
-    roles = {PARTS[part] for part in parts}
-    if not {"a", "b"} <= roles:
-        return f"{name}: has {', '.join(sorted(parts))} but not both factors"
-    embedding = "lora_embedding_A" in parts
-    a = parts["lora_embedding_A" if embedding else "lora_A"]
-    b = parts.get("lora_embedding_B" if embedding else "lora_B")
-    if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        shapes = f"{list(a.shape)} and {list(b.shape) if b else 'nothing'}"
-        return f"{name}: factors of shapes {shapes} have no product"
-    magnitude = parts.get("lora_magnitude_vector")
-    if magnitude is not None and (embedding or magnitude.parameters != b.shape[0]):
-        return f"{name}: a magnitude of shape {list(magnitude.shape)} for {b.shape[0]} rows"
-    return None
-
-
-def _module(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraModule:
-    embedding = "lora_embedding_A" in parts
-    a = parts["lora_embedding_A" if embedding else "lora_A"]
-    return LoraModule(
-        name=name,
-        a=a,
-        b=parts["lora_embedding_B" if embedding else "lora_B"],
-        magnitude=parts.get("lora_magnitude_vector"),
-        scale=_scale(name, a.shape[0], config),
-        transposed=bool(config.get("fan_in_fan_out")) and not embedding,
-        embedding=embedding,
-    )
-
-
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """Alpha / rank, or alpha / sqrt(rank) under rsLoRA; patterns match as PEFT matches them."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
-        config.get("lora_alpha", 8),
-    )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,7 +1,7 @@
 """Stored tensors as numpy arrays, a bounded piece at a time, and the arithmetic on them.
 
-numpy has no bfloat16 and no float8; ml_dtypes gives it both, with rounding to nearest
-even, so that no blend needs torch.
+numpy has no bfloat16; ml_dtypes gives it one, with rounding to nearest even, so that no blend
+needs torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taia.checkpoint import Tensor
-from taia.errors import CheckpointError
+from taia.errors import CheckpointError, MismatchError
 
 __all__ = ["CHUNK", "DTYPES", "Array", "blend", "blended_chunks", "encode", "read_array", "widen"]
 
@@ -26,8 +26,6 @@ DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 """numpy's own of each dtype that deltas are computed on, by the names of safetensors."""
 
@@ -71,7 +69,11 @@ def blend(base: Array, tuned: Array, strength: float) -> Array:
     wide = widen(base)
     with np.errstate(over="ignore", invalid="ignore"):
         mixed: Array = wide + wide.dtype.type(strength) * (widen(tuned) - wide)
-    return mixed.astype(base.dtype)
+        rounded: Array = mixed.astype(base.dtype)
+    overflown = ~np.isfinite(rounded) & np.isfinite(wide) & np.isfinite(widen(tuned))
+    if overflown.any():
+        raise beyond(strength, rounded.dtype)
+    return rounded
 
 
 def blended_chunks(
@@ -87,7 +89,21 @@ def blended_chunks(
         ).tobytes()
 
 
-def encode(values: Array, dtype: str) -> bytes:
-    """The little-endian bytes of `values`, rounded to a stored dtype."""
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values).astype(DTYPES[dtype]).tobytes()
+def encode(values: Array, dtype: str, strength: float = 1) -> bytes:
+    """The little-endian bytes of `values`, rounded to a stored dtype.
+
+    Raises MismatchError where a value does not fit the dtype.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = np.ascontiguousarray(values).astype(DTYPES[dtype])
+    if not np.isfinite(rounded).all():
+        raise beyond(strength, DTYPES[dtype])
+    return rounded.tobytes()
+
+
+def beyond(strength: float, dtype: Any) -> MismatchError:
+    """The error of a delta whose result is no number."""
+    return MismatchError(
+        f"at strength {strength:g} a weight is no longer a finite {dtype}; "
+        "choose a smaller strength, or look at the fine-tune for NaN"
+    )

@@ -9,10 +9,11 @@
 PEFT puts the factors beside the weights; a selection then sets the scale of each module, or
 switches the module off at strength 0, where it computes its base layer and nothing else. No
 weight is written and none is copied, except for biases that the adapter replaces: both of
-their states are kept. Outside of `using` the model is the base model; `close` removes the
-adapter.
+their states are kept. Outside of `using` the model is the base model; `close` gives it back
+its own modules.
 
-Limits: whole tensors (`modules_to_save`, biases) and DoRA are on or off.
+Limits: whole tensors (`modules_to_save`, biases) and DoRA are on or off. Blocks of `using`
+may nest, not interleave.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.adapter import Adapter, addresses_of, kept_strengths, read_adapter
-from taia.errors import MismatchError
+from taia.errors import MismatchError, TaiaError
 from taia.selection import Selection
 from taia.sources import Source
 
@@ -43,6 +44,7 @@ def attach(model: PreTrainedModel, adapter: str | Path | Source | Adapter) -> Li
     an adapter that cannot be read or was made for another model.
     """
     opened = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    opened = opened.of(model.config.model_type)
     _refuse_misfit(model, opened)
     return Live(model, opened)
 
@@ -54,23 +56,25 @@ class Live:
     """
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
-        from peft import PeftModel
-
         self.model = model
         self._adapter = adapter
         self._addresses = addresses_of(adapter, model.config.model_type)
         self._depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        training = model.training
+        self._before = _Before(model)
         biases = [name for name in adapter.whole if name.endswith(".bias")]
         base = {name: model.get_parameter(name).detach().clone() for name in biases}
-        self._peft = PeftModel.from_pretrained(model, adapter.path, adapter_name=NAME)
-        model.train(training)
-        self._modules, self._wrappers = _switches(model)
+        try:
+            self._modules, self._wrappers = _inject(model, adapter)
+        except BaseException:
+            self._before.restore(model)
+            _write_biases(model, base)
+            raise
+        self._before.restore_flags()
         self._scales = {name: layer.scaling[NAME] for name, layer in self._modules.items()}
-        self._biases = {name: (_bias(model, name), base[name]) for name in biases}
-        self._biases_tuned = {name: p.detach().clone() for name, (p, _) in self._biases.items()}
+        self._biases_base = base
+        self._biases_tuned = {name: _bias(model, name).detach().clone() for name in biases}
         self._off = dict.fromkeys(self._addresses, 0.0)
-        self._current = self._off
+        self._closed = False
         self._apply(self._off)
 
     @contextmanager
@@ -80,10 +84,13 @@ class Live:
         Raises SelectionError for a term that matches nothing of the adapter, MismatchError
         for a strength that a module cannot have.
         """
+        if self._closed:
+            raise TaiaError(f"{self._adapter.text}: was taken off by close(); attach it again")
         selection = Selection.parse(keep)
         strengths = self._off
         if selection.terms:
             strengths = kept_strengths(self._adapter, self._addresses, selection, self._depth)
+            self._refuse_halves(strengths)
         before = self._current
         self._apply(strengths)
         try:
@@ -92,23 +99,103 @@ class Live:
             self._apply(before)
 
     def close(self) -> None:
-        """Take the adapter off; the model has its own modules again."""
+        """Take the adapter off: the model has its own modules and flags again."""
+        if self._closed:
+            return
         self._apply(self._off)
-        self._peft.unload()
-        self._modules, self._wrappers, self._biases = {}, {}, {}
+        self._before.restore(self.model)
+        self._closed = True
 
     def _apply(self, strengths: dict[str, float]) -> None:
+        # PEFT's public switches also move requires_grad, so its flags are set directly
         for name, layer in self._modules.items():
             strength = strengths[f"{name}.weight"]
             layer.scaling[NAME] = self._scales[name] * strength
-            layer._disable_adapters = strength == 0  # PEFT's own switch also moves requires_grad
+            layer._disable_adapters = strength == 0
         for name, wrapper in self._wrappers.items():
-            wrapper.enable_adapters(
-                any(strengths[weight] for weight in strengths if weight.startswith(f"{name}."))
-            )
-        for name, (parameter, base) in self._biases.items():
-            parameter.data.copy_(self._biases_tuned[name] if strengths[name] else base)
+            wrapper._disable_adapters = not any(strengths[w] for w in self._within(name))
+        chosen = {n: self._biases_tuned if strengths[n] else self._biases_base
+                  for n in self._biases_base}  # fmt: skip
+        _write_biases(self.model, {name: states[name] for name, states in chosen.items()})
         self._current = strengths
+
+    def _within(self, wrapper: str) -> list[str]:
+        """The changed weights under a wrapped module."""
+        return [weight for weight in self._addresses if weight.startswith(f"{wrapper}.")]
+
+    def _refuse_halves(self, strengths: dict[str, float]) -> None:
+        """A wrapped module switches as one, whatever kinds of weights are in it."""
+        faults = [
+            f"{name}: holds weights that are kept and weights that are not"
+            for name in self._wrappers
+            if len({strengths[weight] != 0 for weight in self._within(name)}) > 1
+        ]
+        if faults:
+            raise MismatchError(
+                f"{self._adapter.text}: a module of modules_to_save is on or off as a whole on a "
+                "live model; --merge writes a checkpoint that tells its weights apart",
+                faults,
+            )
+
+
+class _Before:
+    """Modules and flags of a model, as they were before PEFT changed them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.modules = dict(model.named_modules())
+        self.training = {module: module.training for module in self.modules.values()}
+        self.gradients = {p: p.requires_grad for p in model.parameters()}
+        self.attributes = set(vars(model))
+
+    def restore_flags(self) -> None:
+        for parameter, flag in self.gradients.items():
+            parameter.requires_grad_(flag)
+        for module, flag in self.training.items():
+            module.training = flag
+
+    def restore(self, model: PreTrainedModel) -> None:
+        for name, module in self.modules.items():
+            parent, _, child = name.rpartition(".")
+            if name and self.modules[parent]._modules.get(child) is not module:
+                self.modules[parent]._modules[child] = module
+        for attribute in set(vars(model)) - self.attributes:
+            delattr(model, attribute)
+        self.restore_flags()
+
+
+def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LoRA modules and wrapped whole modules by name, exactly those that the file holds."""
+    from peft import PeftModel
+
+    try:
+        peft = PeftModel.from_pretrained(model, adapter.path, adapter_name=NAME)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise MismatchError(
+            f"{adapter.text}: PEFT cannot load it, its configuration and its weights disagree: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    peft.eval()
+    modules, wrappers = _switches(model)
+    faults = [f"{name}: in the file, not a target of the configuration"
+              for name in adapter.modules if name not in modules]  # fmt: skip
+    faults += [f"{name}: a target of the configuration, not in the file"
+               for name in modules if name not in adapter.modules]  # fmt: skip
+    if faults:
+        raise MismatchError(f"{adapter.text}: its configuration and weights disagree", faults)
+    return modules, wrappers
+
+
+def _switches(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers, wrappers = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layers[name] = module
+        elif isinstance(module, ModulesToSaveWrapper):
+            wrappers[name] = module
+    return layers, wrappers
 
 
 def _refuse_misfit(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -128,23 +215,12 @@ def _refuse_misfit(model: PreTrainedModel, adapter: Adapter) -> None:
         raise MismatchError(f"{adapter.text}: does not fit this {type(model).__name__}", faults)
 
 
-def _switches(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The LoRA modules and the wrapped whole modules, by their names in the model."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    named = dict(model.named_modules())
-    return (
-        {name: module for name, module in named.items() if isinstance(module, LoraLayer)},
-        {
-            name: module
-            for name, module in named.items()
-            if isinstance(module, ModulesToSaveWrapper)
-        },
-    )
-
-
 def _bias(model: Any, name: str) -> Any:
     """A bias parameter by its name before PEFT wrapped its module."""
     module = model.get_submodule(name.rpartition(".")[0])
     return getattr(module, "base_layer", module).bias
+
+
+def _write_biases(model: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        _bias(model, name).data.copy_(value)

@@ -60,5 +60,5 @@ def _row(kind: str, row: Mapping[str, int]) -> str:
 
 def _public_name(text: str) -> str:
     """A hub id or package as it is; of a path only the last part, the rest is private."""
-    path = Path(text).expanduser()
-    return path.resolve().name if path.exists() else text
+    is_path = text.startswith(("/", ".", "~")) or Path(text).exists()
+    return Path(text).absolute().name if is_path else text

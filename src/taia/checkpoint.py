@@ -39,8 +39,8 @@ BITS = {
 }  # fmt: skip
 """Bits an element, for every dtype that the format knows."""
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-"""The dtypes that deltas are computed on."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes that deltas are computed on; float8 has its scales in other tensors."""
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -192,7 +192,7 @@ def _tensor(name: str, entry: Any, file: str, data: int) -> Tensor:
     start, stop = offsets if len(offsets) == 2 else (1, 0)
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or stop - start != bits // 8:
-        raise ValueError(f"offsets {offsets} do not fit {dtype} {shape}, {bits / 8:,.0f} bytes")
+        raise ValueError(f"offsets {offsets} do not fit {dtype} {shape}, {bits // 8:,} bytes")
     return Tensor(name, dtype, tuple(shape), file, data + start, data + stop)
 
 
@@ -223,6 +223,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     ]
     if faults:
         raise CheckpointError(f"{folder / INDEX}: names files outside the checkpoint", faults)
+    if (folder / SINGLE).is_file() and SINGLE not in placed.values():
+        raise CheckpointError(
+            f"{folder}: holds two sets of weights, {SINGLE} and those of {INDEX}; "
+            "transformers would load the first. Remove the one that is old"
+        )
     return placed
 
 

@@ -12,13 +12,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from taia.errors import CheckpointError, OutputError
 
-__all__ = ["atomic_write", "check_room", "read_json", "staged_folder"]
+__all__ = [
+    "atomic_write",
+    "check_room",
+    "read_json",
+    "refuse_existing",
+    "refuse_overlap",
+    "staged_folder",
+]
 
 MAX_JSON_BYTES = 100 * 1024 * 1024
 """The limit that safetensors sets on its header; no JSON file of a checkpoint is larger."""
@@ -69,7 +76,14 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
-    """Raise OutputError if `out` is a file, or a non-empty folder without `overwrite`."""
+    """Raise OutputError if `out` is a file, or a non-empty folder without `overwrite`.
+
+    A folder that holds the current one, or the user's home, is never replaced.
+    """
+    resolved = out.resolve()
+    for kept in (Path.cwd(), Path.home()):
+        if resolved == kept or resolved in kept.parents:
+            raise OutputError(f"{out}: is, or holds, the folder {kept}; name a new folder")
     if out.is_symlink() and not out.exists():
         raise OutputError(f"{out}: is a link that leads nowhere")
     if not out.exists():
@@ -78,6 +92,17 @@ def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{out}: exists and is not a folder")
     if any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; name another folder or use --overwrite")
+
+
+def refuse_overlap(out: Path, *sources: Path) -> None:
+    """Raise OutputError if `out` is one of the sources, or holds one: it would replace it."""
+    resolved = out.resolve()
+    for source in sources:
+        other = source.resolve()
+        if resolved == other or resolved in other.parents:
+            raise OutputError(
+                f"{out}: is one of the two models, or holds one ({source}); write somewhere else"
+            )
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -111,15 +136,17 @@ def _swap(partial: Path, out: Path) -> None:
         partial.replace(out)
     else:
         retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-        out.replace(retired / "old")
         try:
+            out.replace(retired / "old")
             partial.replace(out)
-        except OSError:
-            (retired / "old").replace(out)
+        except BaseException:
+            if not out.exists():
+                (retired / "old").replace(out)
+            retired.rmdir()
             raise
-        finally:
-            shutil.rmtree(retired, ignore_errors=True)
-    _sync(out.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    with suppress(OSError):  # it stands; only some file systems let a folder be flushed
+        _sync(out.parent)
 
 
 def _sync_tree(folder: Path) -> None:

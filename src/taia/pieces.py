@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from taia.adapter import Adapter, LoraModule
+from taia.adapter import Adapter
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError
+from taia.lora import LoraModule
 from taia.plan import Decision, Origin, Plan, stored_name
 from taia.writing import write_all
 
@@ -81,7 +82,7 @@ class Merge:
         weight = widen(read_array(self.folder, self.base))
         tuned = self.adapter.tuned_weight(self.module, weight, self.strength).reshape(-1)
         for first in range(0, tuned.size, CHUNK):
-            yield encode(tuned[first : first + CHUNK], self.base.dtype)
+            yield encode(tuned[first : first + CHUNK], self.base.dtype, self.strength)
 
 
 Piece = Copy | Blend | Merge

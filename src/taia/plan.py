@@ -27,6 +27,10 @@ from taia.sources import Form, Source, resolve
 __all__ = ["Decision", "Origin", "Plan", "plan"]
 
 
+ENDS = (Kind.EMBEDDING, Kind.HEAD)
+"""What has a row for every word of the vocabulary."""
+
+
 class Origin(StrEnum):
     """Where the bytes of an output tensor come from."""
 
@@ -106,7 +110,7 @@ def plan(
     first = _open(base)
     found = resolve(tuned)
     if found.form is Form.ADAPTER:
-        return _plan_merge(first, read_adapter(found), selection)
+        return _plan_merge(first, read_adapter(found).of(first.model_type), selection)
     return _plan_pair(first, _open(found), selection)
 
 
@@ -127,6 +131,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     elif base.config.get("quantization_config") != tuned.config.get("quantization_config"):
         faults.append("one is quantised, or both differently; bring both to one format first")
     faults += _name_faults(base, tuned)
+    quantised = bool(base.config.get("quantization_config"))
     addresses = classify_all(base.tensors, base.model_type)
     strengths, tie_faults = _strengths(base, addresses, selection)
     decisions = []
@@ -134,6 +139,8 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
         strength, tensor = strengths[address], base.tensors[name]
         if name in tuned.tensors:
             faults += _tensor_faults(tensor, tuned.tensors[name], address, strength)
+        if quantised and strength not in (0, 1):
+            faults.append(f"{name}: quantised weights are taken whole, not at {strength:g}")
         origin = {0.0: Origin.BASE, 1.0: Origin.TUNED}.get(strength, Origin.BLEND)
         decisions.append(_decision(tensor, address, origin, strength))
     return Plan(selection, base, tuned, tuple(decisions), tuple(faults + tie_faults))
@@ -145,18 +152,16 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
     strengths, tie_faults = _strengths(base, addresses, selection)
     lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
     whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}
-    faults = [
-        f"{name}: changed by the adapter, not stored in the base: it was made for another model"
-        for name in [*lora, *whole]
-        if name not in base.tensors
-    ]
+    faults = [_unplaced(name) for name in [*lora, *whole] if name not in base.tensors]
     decisions = []
     for name, address in addresses.items():
         strength, tensor = strengths[address], base.tensors[name]
         origin = Origin.BASE
-        if strength != 0 and (name in lora or name in whole):
+        if name in lora or name in whole:
             shape = lora[name].shape if name in lora else whole[name].shape
-            faults += _merge_faults(base, tensor, shape, address)
+            if strength != 0 or (shape != tensor.shape and address.kind in ENDS):
+                faults += _merge_faults(base, tensor, shape, address)
+        if strength != 0 and (name in lora or name in whole):
             exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
             origin = Origin.TUNED if exact else Origin.BLEND
         decisions.append(_decision(tensor, address, origin, strength))
@@ -168,6 +173,21 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
             f"'{selection}' names other parts, and the result would be the base model"
         )
     return Plan(selection, base, adapter, tuple(decisions), tuple(faults + tie_faults))
+
+
+def _unplaced(name: str) -> str:
+    """The fault of a changed weight that the base does not store."""
+    if name.rpartition(".")[0].endswith(("lm_head", "embed_out")):
+        return f"{name}: the base's head is tied to its embedding; untie it before merging"
+    return f"{name}: changed by the adapter, not stored in the base: it was made for another model"
+
+
+def _is_tied(base: Checkpoint, tensor: Tensor) -> bool:
+    """Whether `tensor` is the token embedding of a base that stores no head of its own."""
+    text = base.config.get("text_config")
+    words = base.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else 0)
+    heads = [a for a in classify_all(base.tensors, base.model_type).values() if a.kind is Kind.HEAD]
+    return not heads and tensor.shape[:1] == (words,)
 
 
 def stored_name(base: Checkpoint, name: str) -> str:
@@ -187,7 +207,7 @@ def _strengths(
     A head that is not stored is tied to the embedding, and takes part under its own name.
     """
     there = list(dict.fromkeys(addresses.values()))
-    embedding = next((a for a in there if a.kind is Kind.EMBEDDING), None)
+    embedding = next((a for a in there if a.kind is Kind.EMBEDDING and a.tower == "language"), None)
     tied = embedding is not None and all(a.kind is not Kind.HEAD for a in there)
     if embedding is None or not tied:
         return selection.strengths(there), []
@@ -214,7 +234,7 @@ def _name_faults(base: Checkpoint, tuned: Checkpoint) -> list[str]:
 def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: float) -> list[str]:
     faults = []
     if base.shape != tuned.shape:
-        resized = address.kind in (Kind.EMBEDDING, Kind.HEAD)
+        resized = address.kind in ENDS
         faults.append(
             f"{base.name}: shapes differ: base {list(base.shape)}, tuned {list(tuned.shape)}"
             + ("; the vocabulary was resized, and its new rows have no base" if resized else "")
@@ -237,9 +257,11 @@ def _merge_faults(
         faults.append(
             f"{tensor.name}: shapes differ: base {list(tensor.shape)}, adapter {list(shape)}"
         )
-    if tensor.dtype not in FLOATS:
-        faults.append(f"{tensor.name}: a delta cannot be added to dtype {tensor.dtype}")
-    if address.kind in (Kind.EMBEDDING, Kind.HEAD) and base.config.get("tie_word_embeddings"):
+    if tensor.dtype not in FLOATS or base.config.get("quantization_config"):
+        faults.append(
+            f"{tensor.name}: a delta cannot be added to quantised weights, dtype {tensor.dtype}"
+        )
+    if address.kind is Kind.EMBEDDING and _is_tied(base, tensor):
         faults.append(
             f"{tensor.name}: input and output share this tensor, the adapter changes one of them; "
             "untie them before merging"

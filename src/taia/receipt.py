@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from taia import __version__
 from taia.errors import VerificationError
@@ -69,6 +69,8 @@ class Receipt:
     `files` holds the SHA-256 of every other file of the output (configuration, tokenizer,
     model card). `headers` holds the SHA-256 of the header of each weight file.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     form: Literal["checkpoint", "adapter"]
     selection: str

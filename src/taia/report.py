@@ -19,14 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from taia.errors import DependencyError, EvaluationError, SourceError
-from taia.evaluation.result import read_results
-from taia.evaluation.summary import REFERENCES, Summary, summarise
 from taia.files import atomic_write
 from taia.report_plots import (
     difference_axis,
@@ -36,6 +31,11 @@ from taia.report_plots import (
     loss_curve,
     score_table,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from taia.evaluation.summary import Summary
 
 __all__ = ["render_terminal", "report", "verdict"]
 
@@ -75,6 +75,9 @@ def read_run(folder: Path) -> Run:
     """Read and check the files of a run. Raises SourceError and EvaluationError."""
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder; give the folder of a run")
+    from taia.evaluation.result import read_results
+    from taia.evaluation.summary import summarise
+
     summary = summarise(read_results(folder))
     train = folder / "train"
     return Run(
@@ -91,6 +94,9 @@ def read_run(folder: Path) -> Run:
 def render_terminal(summary: Mapping[str, Any]) -> Table:
     """The paper's table for a terminal: best bold, second underlined, standard errors dim."""
     scores = score_table(summary)
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(caption="accuracy in %, ± one standard error; best bold, second underlined")
     table.add_column("variant", no_wrap=True)
     for column in scores.columns:
@@ -109,6 +115,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
 
     A difference is called distinguishable from zero when its 95% interval excludes zero.
     """
+    from taia.evaluation.summary import REFERENCES
+
     means = {row["variant"]: row for row in summary["means"]}
     tasks = summary["tasks"]
     examples = sum(task["examples"] for task in tasks.values())
@@ -162,6 +170,8 @@ def render_html(run: Run) -> str:
         raise DependencyError(
             "report.html needs jinja2; install it with `pip install 'taia[report]'`"
         ) from error
+    from taia.evaluation.summary import REFERENCES
+
     template = resources.files("taia").joinpath("report_template.html.jinja").read_text("utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

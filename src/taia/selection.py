@@ -102,6 +102,11 @@ class Layers:
         """Listed indices that a tower of `layers` does not have."""
         return [index for index in self.indices if not -layers <= index < layers]
 
+    @property
+    def from_end(self) -> bool:
+        """Whether it counts from the last layer."""
+        return any(n is not None and n < 0 for n in (self.start, self.stop, *self.indices))
+
     def __str__(self) -> str:
         if self.indices:
             return "[" + ",".join(map(str, self.indices)) + "]"
@@ -193,6 +198,14 @@ class Selection:
             raise SelectionError(f"selection '{self}': {len(faults)} fault(s)", faults)
         return strengths
 
+    @property
+    def needs_depth(self) -> bool:
+        """Whether its meaning depends on the number of layers: [-4:], or linear(...)."""
+        return any(
+            isinstance(term.strength, Linear) or (term.layers is not None and term.layers.from_end)
+            for term in self.terms
+        )
+
     def __str__(self) -> str:
         if not self.terms:
             return "none"
@@ -274,9 +287,9 @@ class _Parser:
             self.position = start
             self.fail("a layer list is not closed by ']'")
         text = re.sub(r"\s+", "", body or "")
-        if re.fullmatch(r"-?\d+(,-?\d+)*,?", text):
+        if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*,?", text):
             return Layers(indices=tuple(int(part) for part in text.split(",") if part))
-        if re.fullmatch(r"(-?\d+)?:(-?\d+)?(:([1-9]\d*)?)?", text):
+        if re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(:([1-9]\d{0,8})?)?", text):
             first, last, step = [*(int(p) if p else None for p in text.split(":")), None][:3]
             return Layers(first, last, step)
         self.position = start

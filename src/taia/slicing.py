@@ -22,21 +22,21 @@ from typing import Any
 from taia.adapter import (
     WEIGHTS,
     Adapter,
-    LoraModule,
     addresses_of,
     architecture_of,
     kept_strengths,
     read_adapter,
 )
 from taia.card import card
-from taia.checkpoint import Tensor
+from taia.checkpoint import Checkpoint, Tensor, open_checkpoint
 from taia.errors import MismatchError
-from taia.files import atomic_write, refuse_existing, staged_folder
+from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
 from taia.kinds import Address
-from taia.plan import Origin
+from taia.lora import LoraModule
+from taia.plan import Origin, stored_name
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
-from taia.sources import Source, resolve
+from taia.sources import Form, Source, resolve
 from taia.writing import (
     TOKENIZER_FILES,
     copy_companions,
@@ -70,6 +70,7 @@ def slice_adapter(
     selection = Selection.parse(keep)
     refuse_existing(destination, overwrite=overwrite)
     whole = read_adapter(adapter)
+    refuse_overlap(destination, whole.path, *([resolve(base).path] if base else []))
     addresses, strengths = _decided(whole, selection, base)
     kept = _kept_tensors(whole, strengths)
     with staged_folder(destination, overwrite=overwrite) as folder:
@@ -79,7 +80,7 @@ def slice_adapter(
         config = portable_config(whole, strengths)
         atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_companions(whole.path, folder, TOKENIZER_FILES)
-        named = whole.config.get("base_model_name_or_path")
+        named = whole.settings.base_model_name_or_path or None
         text = card(
             destination.name,
             base=resolve(base).text if base else named,
@@ -106,6 +107,8 @@ def _decided(
 ) -> tuple[dict[str, Address], dict[str, float]]:
     """Addresses and strengths of the weights that the adapter changes, by name."""
     model_type, layers = architecture_of(adapter, base)
+    if base is not None and resolve(base).form is Form.CHECKPOINT:
+        _refuse_misfit(adapter.of(model_type), open_checkpoint(base))
     addresses = addresses_of(adapter, model_type)
     strengths = kept_strengths(adapter, addresses, selection, layers)
     if not any(strengths[module.weight] for module in adapter.modules.values()):
@@ -115,6 +118,24 @@ def _decided(
             "Nothing kept is the base model, without an adapter; whole tensors alone need --merge"
         )
     return addresses, strengths
+
+
+def _refuse_misfit(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise MismatchError for an adapter whose weights do not have the shapes of the base's."""
+    changed: dict[str, tuple[int, ...]] = {
+        module.weight: module.shape for module in adapter.modules.values()
+    }
+    changed |= {name: tensor.shape for name, tensor in adapter.whole.items()}
+    places = {name: base.tensors.get(stored_name(base, name)) for name in changed}
+    faults = [
+        f"{name}: the base has {list(place.shape)}, the adapter {list(changed[name])}"
+        for name, place in places.items()
+        if place is not None and place.shape != changed[name]
+    ]
+    if not any(places.values()):
+        faults.append("the base stores none of the weights that the adapter changes")
+    if faults:
+        raise MismatchError(f"{adapter.text}: was made for another model than {base.text}", faults)
 
 
 def _kept_tensors(
@@ -155,7 +176,7 @@ def _kept_tensors(
 def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[str, Any]:
     """The configuration of the sliced adapter: alpha = rank, no patterns, only what is kept."""
     modules = [m for m in adapter.modules.values() if strengths[m.weight] != 0]
-    rank = max((module.rank for module in modules), default=adapter.config.get("r", 8))
+    rank = max((module.rank for module in modules), default=1)
     whole = [name for name in adapter.whole if strengths[name] != 0]
     biases = [name for name in whole if name.endswith(".bias")]
     targets = _targets(adapter, modules)
@@ -168,7 +189,7 @@ def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[st
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "inference_mode": True,
-        "bias": adapter.config.get("bias", "none") if biases else "none",
+        "bias": adapter.settings.bias if biases else "none",
         "modules_to_save": _modules_to_save(adapter, whole),
         "target_modules": targets,
         "exclude_modules": None,
@@ -186,7 +207,7 @@ def _targets(adapter: Adapter, modules: list[LoraModule]) -> list[str]:
     kept = {module.name for module in modules}
     shorts = {name.rpartition(".")[2] for name in kept}
     lost = {name.rpartition(".")[2] for name in adapter.modules if name not in kept}
-    before = adapter.config.get("target_modules")
+    before = adapter.settings.target_modules
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
     plain = isinstance(before, list) and not any(adapter.config.get(key) for key in narrowing)
     if plain and shorts <= set(before or ()) and not shorts & lost:
@@ -196,12 +217,12 @@ def _targets(adapter: Adapter, modules: list[LoraModule]) -> list[str]:
 
 def _modules_to_save(adapter: Adapter, whole: list[str]) -> list[str] | None:
     """The whole names of kept modules, as PEFT takes every module that a short name ends."""
-    if not adapter.config.get("modules_to_save"):
+    if not adapter.settings.modules_to_save:
         return None
     saved = {
         name.rpartition(".")[0]
         for name in whole
-        if any(f".{name}".rpartition(".")[0].endswith(m) for m in adapter.config["modules_to_save"])
+        if any(f".{name}".rpartition(".")[0].endswith(m) for m in adapter.settings.modules_to_save)
     }
     return sorted(saved) or None
 
@@ -250,6 +271,9 @@ def _receipt(
     entries: list[Entry],
 ) -> Receipt:
     others = [f.name for f in sorted(folder.iterdir()) if f.name not in (WEIGHTS, RECEIPT)]
+    named = adapter.settings.base_model_name_or_path
+    if base is None and architecture_of(adapter) != (None, None):
+        base = named  # relative to where it was named; the receipt makes it absolute
     found = None if base is None else resolve(base)
     return Receipt(
         form="adapter",

@@ -53,7 +53,13 @@ def resolve(source: str | Path | Source) -> Source:
     text = str(source)
     if text.startswith("package:"):
         return Source(text, Form.GGUF, _gguf_of_package(text.removeprefix("package:")))
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+        path.exists()  # the one call that tells a name that no file can have
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{text[:200]}: not the name of a file or folder: {error}") from error
+    if not text:
+        raise SourceError("an empty name; name the folder of a model")
     if path.is_file() and path.suffix == ".gguf":
         return Source(text, Form.GGUF, path)
     if path.is_dir():
@@ -87,7 +93,10 @@ def _gguf_of_package(name: str) -> Path:
     """The one GGUF file inside an installed package, found without importing it."""
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise SourceError(f"package:{name}: not the name of a top-level Python package")
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
             f"package:{name}: not installed here. Install it, for instance with "

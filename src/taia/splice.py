@@ -19,8 +19,14 @@ from pathlib import Path
 from taia.adapter import WEIGHTS, Adapter
 from taia.card import model_card
 from taia.checkpoint import SINGLE
-from taia.errors import OutputError, SourceError
-from taia.files import atomic_write, check_room, refuse_existing, staged_folder
+from taia.errors import SourceError
+from taia.files import (
+    atomic_write,
+    check_room,
+    refuse_existing,
+    refuse_overlap,
+    staged_folder,
+)
 from taia.pieces import Blend, Copy, Merge, Piece, copy_range, pieces
 from taia.plan import Origin, Plan, plan
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
@@ -89,9 +95,7 @@ def execute(
     on_progress: Progress | None = None,
 ) -> Receipt:
     """Write a plan without faults to `out`. Raises OutputError if it cannot be written."""
-    for source in (planned.base.path, planned.tuned.path):
-        if out.exists() and out.samefile(source):
-            raise OutputError(f"{out}: is one of the two models; write somewhere else")
+    refuse_overlap(out, planned.base.path, planned.tuned.path)
     total = planned.totals["all"]
     check_room(out, sum(total[origin.value] for origin in Origin))
     progress = _Counter(sum(total[origin.value] for origin in Origin), on_progress)

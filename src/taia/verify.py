@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from taia.adapter import read_adapter
+from taia.adapter import WEIGHTS, read_adapter
 from taia.checkpoint import INDEX, Tensor, open_checkpoint, read_header
 from taia.errors import CheckpointError, TaiaError, VerificationError
 from taia.pieces import Copy, pieces
@@ -37,10 +37,11 @@ def verify(out: str | Path) -> Receipt:
     stored, unreadable = _stored(folder, receipt)
     faults += unreadable + _entry_faults(receipt, stored)
     intact = [e for e in receipt.tensors if e.name in stored and _same_place(e, stored[e.name])]
-    if all(entry.digest for entry in receipt.tensors):
+    hashed = all(entry.digest for entry in receipt.tensors)
+    if hashed:
         faults += [f"{entry.name}: its bytes are not those that were written"
                    for entry in intact if tensor_digest(folder, entry) != entry.digest]  # fmt: skip
-    else:
+    if not hashed or not _missing_sources(receipt):
         faults += _content_faults(folder, receipt, intact)
     if faults:
         raise VerificationError(f"{folder}: not what {RECEIPT} says", faults)
@@ -107,12 +108,7 @@ def _same_place(entry: Entry, tensor: Tensor) -> bool:
 
 def _content_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
     """Compare with the sources. Their own changes are faults, as nothing can then be proven."""
-    faults = [
-        fault
-        for record in (receipt.base, receipt.tuned)
-        if record is not None
-        for fault in _source_faults(record)
-    ]
+    faults = _missing_sources(receipt)
     if faults:
         return [*faults, "without its sources only an output made with --hash can be verified"]
     try:
@@ -124,7 +120,8 @@ def _content_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list
 
 
 def _checkpoint_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
-    assert receipt.base is not None
+    if receipt.base is None:
+        return ["the receipt names no base"]
     planned = plan(receipt.base.path, receipt.tuned.path, receipt.selection)
     planned.refuse_faults()
     decisions = {decision.name: decision for decision in planned.decisions}
@@ -156,11 +153,22 @@ def _adapter_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list
     faults = []
     if kept.keys() != {entry.name for entry in receipt.tensors}:
         faults.append("the receipt does not list the tensors that its selection keeps")
+    faults += [
+        f"{entry.name}: the receipt names another source than its selection"
+        for entry in receipt.tensors
+        if (entry.origin, entry.strength, entry.from_file) != ("tuned", 1.0, WEIGHTS)
+    ]
     return faults + [
         f"{entry.name}: differs from its source"
         for entry in intact
         if entry.name in kept and not _equal(folder, entry, iter([kept[entry.name][1]]))
     ]
+
+
+def _missing_sources(receipt: Receipt) -> list[str]:
+    """Which source files are gone or changed."""
+    records = [record for record in (receipt.base, receipt.tuned) if record is not None]
+    return [fault for record in records for fault in _source_faults(record)]
 
 
 def _source_faults(record: SourceRecord) -> list[str]:

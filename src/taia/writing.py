@@ -32,7 +32,8 @@ BUFFER = 4 * 1024 * 1024
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken", "*.jinja",
+    "*.model", "*.tiktoken", "*.jinja", "chat_template.json", "tekken.json", "bpe.codes",
+    "tokenization_*.py",
 )  # fmt: skip
 COMPANIONS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from taia.adapter import Adapter, LoraModule, addresses_of, architecture_of, read_adapter
+from taia.adapter import Adapter, addresses_of, architecture_of, read_adapter
 from taia.arrays import CHUNK, Array, read_array, widen
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.errors import MismatchError, SourceError
 from taia.files import atomic_write
 from taia.kinds import Address, classify_all
+from taia.lora import LoraModule
 from taia.sources import Form, Source, resolve
 
 __all__ = ["DeltaNorm", "delta_norms", "factored_norm", "write_deltas"]

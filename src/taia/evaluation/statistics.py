@@ -14,10 +14,9 @@ Miller, Adding Error Bars to Evals, arXiv 2411.00640.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from taia.errors import EvaluationError
 
@@ -73,8 +72,8 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> Differenc
         raise EvaluationError(
             f"a paired difference needs the same examples: {len(one)} and {len(other)} are given"
         )
-    differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    mean, error = _mean_and_error(differences.tolist(), alone=1.0)
+    differences = [float(a) - float(b) for a, b in zip(one, other, strict=True)]
+    mean, error = _mean_and_error(differences, alone=1.0)
     return Difference(mean, error, len(one))
 
 
@@ -93,10 +92,10 @@ def macro_difference(differences: Sequence[Difference]) -> Difference:
 def _mean_and_error(values: Sequence[float], *, alone: float) -> tuple[float, float]:
     if not values:
         raise EvaluationError("there is no example to score")
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 1:
-        return float(array[0]), alone
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(array.size))
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, alone
+    return mean, statistics.stdev(map(float, values)) / math.sqrt(len(values))
 
 
 def _macro(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -26,8 +26,8 @@ __all__ = ["collate", "micro_batch", "training_order"]
 STRETCH = 50
 """Batches in which lengths are sorted; more spares more padding and shuffles less."""
 
-LOGITS = 2**29
-"""Logits at once, length x vocabulary x examples: 2 GiB in float32."""
+LOGITS = 2**27
+"""Logits at once, length x vocabulary x examples: 0.5 GiB in float32, several times over."""
 
 
 def training_order(lengths: Sequence[int], batch_size: int, total: int, seed: int) -> list[int]:
