@@ -29,6 +29,19 @@ def write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def tune(base: Path, out: Path) -> None:
+    """A copy of a model with every weight changed a little."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(base, out)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: base, tuned, adapter, chats.jsonl, DIR, DATA."""
@@ -37,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("docs")
     tiny_chat_model(folder / "base", "float32")
-    shutil.copytree(folder / "base", folder / "tuned")
+    tune(folder / "base", folder / "tuned")
     save_adapter(folder / "base", folder / "adapter", r=4, lora_alpha=8)
     chats = [
         {"messages": [{"role": "user", "content": f"say {n}"},

@@ -111,3 +111,12 @@ def test_digests_make_the_sources_unnecessary(spliced, tmp_path):
     raw[-1] ^= 0x80
     file.write_bytes(raw)
     assert "its bytes are not those that were written" in found(out)
+
+
+def test_an_output_that_keeps_nothing_new(pair, tmp_path):
+    base, _ = pair("llama")
+    shutil.copytree(base, tmp_path / "same")
+    taia.splice(base, tmp_path / "same", tmp_path / "out", keep="attention")
+    assert "the output is the base model" in found(tmp_path / "out")
+    taia.splice(base, tmp_path / "same", tmp_path / "none", keep="none")
+    taia.verify(tmp_path / "none")

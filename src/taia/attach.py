@@ -18,6 +18,7 @@ may nest, not interleave.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,7 +169,10 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any
     from peft import PeftModel
 
     try:
-        peft = PeftModel.from_pretrained(model, adapter.path, adapter_name=NAME)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property by its old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            peft = PeftModel.from_pretrained(model, adapter.path, adapter_name=NAME)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise MismatchError(
             f"{adapter.text}: PEFT cannot load it, its configuration and its weights disagree: "

@@ -130,12 +130,16 @@ def train(
 
     from taia.training.finetune import finetune
 
-    result = finetune(
-        base, data, out, method=method, train=train, rank=rank, alpha=alpha, dropout=dropout,
-        learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
-        max_length=max_length, max_examples=max_examples, save_steps=save_steps, seed=seed,
-        resume=resume, overwrite=overwrite,
-    )  # fmt: skip
+    try:
+        result = finetune(
+            base, data, out, method=method, train=train, rank=rank, alpha=alpha, dropout=dropout,
+            learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
+            batch_size=batch_size, max_length=max_length, max_examples=max_examples,
+            save_steps=save_steps, seed=seed, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+    except KeyboardInterrupt as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         _print_json(dataclasses.asdict(result))
     else:
@@ -228,12 +232,6 @@ def main() -> NoReturn:
     except TaiaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
-        sys.exit(141)
     sys.exit(0)
 
 

@@ -6,7 +6,8 @@ very bytes it was copied from, and a blend is computed again. Where the receipt 
 (`--hash`) the sources are not needed and each tensor is compared with its digest.
 
 Found: a flipped bit, a missing or additional tensor or file, a changed header, an altered
-receipt, sources that changed after the splice.
+receipt, sources that changed after the splice, and an output that keeps something and yet
+equals the base.
 """
 
 from __future__ import annotations
@@ -129,6 +130,12 @@ def _checkpoint_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> l
     faults = []
     if decisions.keys() != {entry.name for entry in receipt.tensors}:
         faults.append("the receipt does not list the tensors of the two models")
+    kept = [entry for entry in intact if entry.name in decisions and entry.origin != "base"]
+    if kept and all(
+        _equal(folder, entry, Copy(planned.base.path, planned.base.tensors[entry.name]).chunks())
+        for entry in kept
+    ):
+        faults.append("nothing that is kept differs from the base: the output is the base model")
     for entry in intact:
         decision, part = decisions.get(entry.name), parts.get(entry.name)
         if decision is None or part is None:
