@@ -496,3 +496,22 @@ def test_a_sliced_or_merged_output_does_not_replace_its_sources(adapters):
         with pytest.raises(taia.TaiaError, match="one of the two models"):
             taia.splice(base, adapter, out, overwrite=True)
     assert read_adapter(adapter).modules
+
+
+def test_a_merge_takes_the_adapters_tokenizer_as_one_set(adapters, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(adapters("llama", "plain")[0], base)
+    shutil.copytree(adapters("llama", "plain")[1], adapter)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / name).write_text("base")
+    (adapter / "chat_template.jinja").write_text("adapter")
+    taia.splice(base, adapter, tmp_path / "template", keep="all", merge=True)
+    assert (tmp_path / "template" / "chat_template.jinja").read_text() == "adapter"
+    assert (tmp_path / "template" / "tokenizer.json").read_text() == "base"
+    (adapter / "chat_template.jinja").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("adapter")
+    taia.splice(base, adapter, tmp_path / "all", keep="all", merge=True)
+    assert not (tmp_path / "all" / "chat_template.jinja").exists()
+    assert (tmp_path / "all" / "tokenizer.json").read_text() == "adapter"
+    taia.verify(tmp_path / "all")

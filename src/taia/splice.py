@@ -35,6 +35,7 @@ from taia.slicing import slice_adapter
 from taia.sources import Form, Source, resolve
 from taia.writing import (
     COMPANIONS,
+    TOKENIZER_FILES,
     copy_companions,
     header_digest,
     header_of,
@@ -203,12 +204,15 @@ def _carry_out(step: _Range | Blend | Merge, target: FileIO, progress: _Counter)
 
 def _copy_companions(planned: Plan, folder: Path) -> None:
     """Configuration and tokenizer of the tuned model; an adapter brings at most a tokenizer."""
-    copy_companions(planned.tuned.path, folder, COMPANIONS)
-    if isinstance(planned.tuned, Adapter):
-        has_tokenizer = (planned.tuned.path / "tokenizer_config.json").is_file()
-        (folder / "config.json").unlink(missing_ok=True)
-        kept = [] if not has_tokenizer else [file.name for file in folder.iterdir()]
-        copy_companions(planned.base.path, folder, COMPANIONS, skip=kept)
+    tuned = planned.tuned.path
+    if not isinstance(planned.tuned, Adapter):
+        copy_companions(tuned, folder, COMPANIONS)
+        return
+    # a tokenizer is one set of files: two mixed ones would be a third
+    complete = (tuned / "tokenizer_config.json").is_file() and (tuned / "tokenizer.json").is_file()
+    without = TOKENIZER_FILES if complete else ()
+    copy_companions(planned.base.path, folder, COMPANIONS, without=without)
+    copy_companions(tuned, folder, TOKENIZER_FILES if complete else ("*.jinja",))
 
 
 def _receipt(planned: Plan, folder: Path, entries: list[Entry]) -> Receipt:

@@ -69,12 +69,15 @@ def write_index(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def copy_companions(
-    source: Path, folder: Path, patterns: Sequence[str], skip: Sequence[str] = ()
+    source: Path, folder: Path, patterns: Sequence[str], without: Sequence[str] = ()
 ) -> None:
-    """Copy the files of `source` that match `patterns`, with their content only."""
+    """Copy the files of `source` that match `patterns` and not `without`; content only."""
+
+    def matches(name: str, among: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in among)
+
     for file in sorted(source.iterdir()):
-        matches = any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)
-        if matches and file.is_file() and file.name not in skip:
+        if matches(file.name, patterns) and not matches(file.name, without) and file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
