@@ -17,7 +17,7 @@ from rich.console import Console
 from taia.errors import EvaluationError, SourceError
 from taia.evaluation.result import Example, Settings, TaskInfo, Variant, read_results
 from taia.evaluation.summary import Summary, summarise
-from taia.report import render_terminal, report, verdict
+from taia.report import report, verdict
 from taia.report_plots import (
     difference_axis,
     forest,
@@ -28,6 +28,7 @@ from taia.report_plots import (
     ranks,
     score_table,
 )
+from taia.report_text import render_terminal
 
 VARIANTS = {"base": "none", "vanilla": "all", "taia": "attention", "taif": "ffn"}
 SKILL = {"base": 0.45, "vanilla": 0.38, "taia": 0.43, "taif": 0.42}
@@ -187,6 +188,18 @@ def test_terminal_table_marks_best_and_second(evaluation: Path) -> None:
     assert "\x1b[1m" in text
     assert "\x1b[4m" in text
     assert "TAIA" in text
+
+
+def test_markdown_holds_every_number_of_the_table_and_both_references(evaluation: Path) -> None:
+    summary = summary_of(evaluation)
+    text = render_markdown(summary)
+    for row in score_table(summary).rows:
+        for cell in row.cells:
+            assert f"{cell.value}" in text
+    assert "Minus Base" in text
+    assert "Minus Vanilla" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
 
 
 @pytest.mark.parametrize(

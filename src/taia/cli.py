@@ -201,12 +201,20 @@ def run(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, with the paired differences.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the table of a run and write its report.html."""
     from taia.report import report as write_report
 
     page = write_report(folder)
+    if markdown:
+        from taia.report_text import render_markdown
+
+        print(render_markdown(_summary(folder)), end="")
+        return
     _print_summary(folder, as_json)
     if not as_json:
         print(f"report: {page}")
@@ -270,14 +278,19 @@ def _print_receipt(receipt: Receipt, out: Path, done: str, as_json: bool) -> Non
     print(f"{out}: {done}, keeping '{receipt.selection}': {len(origins)} tensors, {counts}")
 
 
+def _summary(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
 def _print_summary(folder: Path, as_json: bool) -> None:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = _summary(folder)
     if as_json:
         _print_json(summary)
         return
     from rich.console import Console
 
-    from taia.report import render_terminal
+    from taia.report_text import render_terminal
 
     Console().print(render_terminal(summary))
 

@@ -33,13 +33,10 @@ from taia.report_plots import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from taia.evaluation.summary import Summary
 
-__all__ = ["render_terminal", "report", "verdict"]
+__all__ = ["report", "verdict"]
 
-MARKS = {0: "", 1: "bold", 2: "underline"}
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -89,25 +86,6 @@ def read_run(folder: Path) -> Run:
         lock=_optional(folder / "lock.json"),
         recipe=_text(folder / "recipe.yaml"),
     )
-
-
-def render_terminal(summary: Mapping[str, Any]) -> Table:
-    """The paper's table for a terminal: best bold, second underlined, standard errors dim."""
-    scores = score_table(summary)
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(caption="accuracy in %, ± one standard error; best bold, second underlined")
-    table.add_column("variant", no_wrap=True)
-    for column in scores.columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in scores.rows:
-        cells = [
-            Text.assemble((cell.value, MARKS[cell.place]), (f" ±{cell.error}", "dim"))
-            for cell in row.cells
-        ]
-        table.add_row(label(row.name), *cells)
-    return table
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
