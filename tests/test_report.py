@@ -28,7 +28,7 @@ from taia.report_plots import (
     ranks,
     score_table,
 )
-from taia.report_text import render_terminal
+from taia.report_text import render_markdown, render_terminal
 
 VARIANTS = {"base": "none", "vanilla": "all", "taia": "attention", "taif": "ffn"}
 SKILL = {"base": 0.45, "vanilla": 0.38, "taia": 0.43, "taif": 0.42}
