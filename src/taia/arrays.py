@@ -29,7 +29,7 @@ DTYPES: dict[str, Any] = {
 }
 """numpy's own of each dtype that deltas are computed on, by the names of safetensors."""
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """Elements in memory at a time for each operand of a blend."""
 
 
