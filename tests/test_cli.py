@@ -141,3 +141,20 @@ def test_a_signal_leaves_nothing(pair, tmp_path, stop):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode in (130, 143)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("transformers", "train")])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(pair, tmp_path, package, extra):
+    base, _ = pair("llama")
+    (tmp_path / "arc_easy.jsonl").write_text(
+        '{"id": "1", "question": "?", "choices": ["a", "b"], "answer": 0}\n'
+    )
+    words = ["eval", "--base", str(base), "--tasks", "arc_easy", "--data", str(tmp_path)]
+    code = (
+        f"import sys\nsys.modules[{package!r}] = None\nfrom taia.cli import main\n"
+        f"sys.argv = ['taia', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"pip install 'taia[{extra}]'" in done.stderr

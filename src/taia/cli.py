@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from taia.errors import TaiaError
+from taia.errors import DependencyError, TaiaError
 
 if TYPE_CHECKING:
     from taia.plan import Plan
@@ -30,6 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "peft", "trl", "accelerate", "datasets"), "train"),
+    "lm_eval": "eval",
+    "jinja2": "report",
+    "gguf": "gguf",
+}
+"""The extra that brings each optional package."""
 
 MODEL = "A folder, a hub id ORG/NAME, FILE.gguf, or package:NAME."
 Base = Annotated[str, typer.Argument(metavar="BASE", help=f"The base model. {MODEL}")]
@@ -240,6 +248,16 @@ def main() -> NoReturn:
     except TaiaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        print(
+            f"error: this needs the package {package}; install it with `pip install "
+            f"'taia[{extra}]'`", file=sys.stderr,
+        )  # fmt: skip
+        sys.exit(DependencyError.exit_code)
     sys.exit(0)
 
 
