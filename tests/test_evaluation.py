@@ -254,6 +254,7 @@ def test_the_first_records_and_the_plain_protocol(ask, run, tmp_path):
         ({"variants": ["base"], "protocol": "paper"}, RecipeError, "chat, plain"),
         ({"variants": ["base"], "limit": 0}, RecipeError, "limit 0"),
         ({"variants": ["base"], "batch_size": 0}, RecipeError, "batch size 0"),
+        ({"variants": ["base"], "dtype": "int4"}, RecipeError, "int4"),
         ({"adapter": "no/such"}, SourceError, "no/such"),
         ({"adapter": "x", "tuned": "y"}, RecipeError, "one of them"),
     ],
@@ -294,7 +295,16 @@ def test_a_folder_of_something_else_is_left_alone(ask, tmp_path):
     (tmp_path / "results").mkdir()
     with pytest.raises(EvaluationError, match=r"settings\.json"):
         ask(tmp_path, variants=["base"])
+    (tmp_path / "results" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not a run"):
+        ask(tmp_path, variants=["base"], overwrite=True)
     assert (tmp_path / "diary.txt").read_text() == "mine"
+    assert (tmp_path / "results" / "thesis.txt").is_file()
+
+
+def test_results_are_not_written_into_a_model(ask, models):
+    with pytest.raises(OutputError, match="is a model"):
+        ask(models / "base", variants=["base"], overwrite=True)
 
 
 def test_a_model_without_chat_template(models, data, tmp_path):

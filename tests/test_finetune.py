@@ -125,6 +125,22 @@ def test_resume_gives_the_same_bits(method, base, data, tmp_path, straight):
     assert steps_of(whole) == steps_of(result.out)
 
 
+def test_resume_with_other_data_is_refused(base, data, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes(data.read_bytes())
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        finetune(base, chats, out, on_progress=stopper(2), **FAST)
+    chats.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
+    with pytest.raises(RecipeError, match="has changed since"):
+        finetune(base, chats, out, resume=True, **FAST)
+    chats.write_bytes(data.read_bytes())
+    finetune(base, chats, out, resume=True, **FAST)
+    chats.write_text(chats.read_text().splitlines()[0] + "\n")
+    with pytest.raises(RecipeError, match="has changed since"):
+        finetune(base, chats, out, resume=True, **FAST)
+
+
 def test_resume_of_a_finished_run_returns_it(straight, base, data):
     before = (straight.out / "train.json").stat().st_mtime_ns
     assert finetune(base, data, straight.out, resume=True, **FAST) == straight

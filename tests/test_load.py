@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -115,3 +116,16 @@ def test_gguf_is_unpacked_once_to_the_same_weights(tmp_path, monkeypatch, capsys
         assert torch.equal(a, b), name
     assert load_tokenizer(source).chat_template.startswith("{% for message")
     assert capsys.readouterr().err == ""
+
+
+def test_code_in_a_model_folder_never_runs(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    code = {"AutoConfig": "conf.C", "AutoModelForCausalLM": "conf.M"}
+    config |= {"model_type": "mine", "auto_map": code}
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CheckpointError):
+        load_model(other)
+    assert not (tmp_path / "ran").exists()

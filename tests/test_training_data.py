@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taia.errors import DataError, RecipeError
-from taia.training.batches import collate, micro_batch, training_order
+from taia.training.batches import LOGITS, collate, micro_batch, training_order
 from taia.training.data import Chat, Message, digest, encode, encode_all, read_chats
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -207,10 +207,11 @@ def test_batches_hold_like_lengths():
 
 
 def test_micro_batch_divides_and_fits():
+    for batch, longest in ((16, 100), (16, 700), (12, 1500), (16, 3072), (7, 10**9)):
+        part = micro_batch(batch, longest, 49152)
+        assert batch % part == 0
+        assert part == 1 or part * longest * 49152 <= LOGITS
     assert micro_batch(16, 100, 49152) == 16
-    assert micro_batch(16, 3072, 49152) == 2
-    assert micro_batch(12, 1500, 49152) == 6
-    assert micro_batch(7, 10**9, 10**6) == 1
 
 
 def test_collate_pads_without_labels():

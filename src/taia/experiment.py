@@ -24,7 +24,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,10 @@ def run(recipe: str | Path, out: str | Path | None = None, *, overwrite: bool = 
         stale = True
         console.print(f"[bold]{name}[/bold] ...")
         start = time.monotonic()
+        if name == "train":  # what follows is of the old fine-tune, if there is anything
+            for later in ("deltas.json", "settings.json", "results", "summary.json", "report.html"):
+                _remove(folder / later)
+            lock["stages"].clear()
         stage(cell, console)
         seconds = time.monotonic() - start
         lock["stages"][name] = {"seconds": round(seconds, 1)}
@@ -150,18 +154,26 @@ def _check_folder(out: Path, *, overwrite: bool) -> None:
 def _check_inputs(cell: Cell) -> dict[str, str]:
     """What goes in, by name, as a hash. Raises for anything that a later stage would refuse."""
     from taia.evaluation.catalogue import find_tasks
+    from taia.evaluation.harness import check_options
     from taia.evaluation.variants import find_change, identity, parse_variants
     from taia.sources import resolve
     from taia.training.data import digest, read_chats
     from taia.training.settings import Settings
 
     stated = cell.recipe
+    scoring = stated.evaluate
+    check_options(
+        scoring.protocol, scoring.limit, scoring.batch_size, scoring.dtype,
+        stated.adapter, stated.tuned,
+    )  # fmt: skip
     inputs = {"base": identity(resolve(cell.base))}
     variants = parse_variants(stated.evaluate.variants)
+    _check_selections(cell, [variant.selection for variant in variants])
     if stated.train is not None:
         assert cell.train_data is not None
         options = _training_options(stated)
-        options.pop("save_steps")
+        if options.pop("save_steps") < 1:
+            raise RecipeError("train.save_steps: at least 1 is needed")
         Settings(base=cell.base, data=cell.train_data, **options).check()
         chats = read_chats(cell.train_data, max_examples=stated.train.max_examples)
         inputs["training data"] = digest(cell.train_data, chats)
@@ -179,11 +191,26 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     return inputs
 
 
+def _check_selections(cell: Cell, selections: Sequence[str]) -> None:
+    """Raise SelectionError for a term that matches nothing of the base model."""
+    from taia.checkpoint import open_checkpoint
+    from taia.kinds import classify_all
+    from taia.load import materialise
+    from taia.selection import Selection
+
+    base = open_checkpoint(materialise(cell.base))
+    addresses = classify_all(base.tensors, base.model_type)
+    for selection in selections:
+        Selection.parse(selection).strengths(addresses.values())
+
+
 def _begin(cell: Cell, text: str, inputs: Mapping[str, str], *, overwrite: bool) -> dict[str, Any]:
     """The run's lock: the one that is there, if of the same recipe and inputs, or a new one."""
     stated = json.loads(cell.recipe.model_dump_json())
     if (cell.out / LOCK).is_file() and not overwrite:
         lock: dict[str, Any] = read_json(cell.out / LOCK)
+        if not isinstance(lock, dict) or not isinstance(lock.get("stages"), dict):
+            raise RecipeError(f"{cell.out / LOCK}: is not the lock of a run; use --overwrite")
         differing = _differences(lock, {"recipe": stated, "inputs": dict(inputs)})
         if differing:
             raise RecipeError(
@@ -279,9 +306,9 @@ def _differences(lock: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted name, without the name of the outermost level."""
+    """Leaves of nested mappings by dotted name."""
     if not isinstance(value, dict):
-        return {name.partition(".")[2] or name: value}
+        return {name: value}
     return {
         key: leaf
         for field, item in value.items()

@@ -145,11 +145,13 @@ def quiet_transformers() -> Iterator[None]:
 def _location(found: Source) -> dict[str, Any]:
     """How transformers is told where a source is."""
     if found.form is Form.GGUF:
-        return {
+        place: dict[str, Any] = {
             "pretrained_model_name_or_path": str(found.path.parent),
             "gguf_file": found.path.name,
         }
-    return {"pretrained_model_name_or_path": str(found.path), "local_files_only": True}
+    else:
+        place = {"pretrained_model_name_or_path": str(found.path), "local_files_only": True}
+    return place | {"trust_remote_code": False}  # unset, transformers would ask on a terminal
 
 
 def _check_form(found: Source) -> None:

@@ -131,7 +131,7 @@ def load_recipe(path: Path) -> Recipe:
         content = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # broken scalars make the YAML library raise nearly anything
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields: {_fields(Recipe)}")
@@ -143,7 +143,7 @@ def load_recipe(path: Path) -> Recipe:
 
 def expand(text: str) -> str:
     """`text` with `${TAIA_CACHE}`, `$TAIA_CACHE` and a leading `~` filled in."""
-    cache = os.environ.get("TAIA_CACHE") or "~/.cache/taia"
+    cache = str(Path(os.environ.get("TAIA_CACHE") or "~/.cache/taia").expanduser().absolute())
     for word in ("${TAIA_CACHE}", "$TAIA_CACHE"):
         text = text.replace(word, cache)
     return str(Path(text).expanduser()) if text.startswith("~") else text
@@ -159,7 +159,8 @@ def place(text: str, folder: Path) -> str:
     if expanded.startswith("package:") or Path(expanded).is_absolute():
         return expanded
     local = folder / expanded
-    return str(local) if local.exists() or expanded.startswith(".") else expanded
+    is_file = expanded.startswith(".") or expanded.endswith((".jsonl", ".json", ".gguf"))
+    return str(local) if is_file or local.exists() else expanded
 
 
 def _faults(error: ValidationError) -> list[str]:

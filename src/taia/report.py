@@ -232,7 +232,7 @@ def _optional(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where the file is not there. Raises EvaluationError."""
     try:
         value = json.loads(_text(path) or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: not valid JSON ({error}); make it again") from error
     if not isinstance(value, dict):
         raise EvaluationError(f"{path}: a JSON object is expected; make it again")
@@ -253,7 +253,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text("utf-8") if path.is_file() else ""
+    try:
+        return path.read_text("utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read: {error}") from error
 
 
 def _short(text: str) -> str:

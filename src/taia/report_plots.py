@@ -233,7 +233,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]]) -> Curve | None:
         for row in log
         if row.get("loss") is not None and math.isfinite(float(row["loss"]))
     ]
-    if len(points) < 2:
+    if len(points) < 2 or max(step for step, _ in points) <= 0:
         return None
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
     half = max(1, len(points) // 30)

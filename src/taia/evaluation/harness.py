@@ -43,13 +43,14 @@ from taia.evaluation.variants import (
     variant_models,
 )
 from taia.files import atomic_write
+from taia.load import DTYPES
 from taia.sources import Source, resolve
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
 
-__all__ = ["PROTOCOLS", "Progress", "evaluate"]
+__all__ = ["PROTOCOLS", "Progress", "check_options", "evaluate"]
 
 PROTOCOLS = ("chat", "plain")
 """`chat`: the prompt is a user turn of the model's chat template. `plain`: the bare text."""
@@ -96,7 +97,7 @@ def evaluate(
     over; `resume` keeps complete files that the same settings made.
     Raises a TaiaError; what was complete by then stays.
     """
-    _check_options(protocol, limit, batch_size, adapter, tuned)
+    check_options(protocol, limit, batch_size, dtype, adapter, tuned)
     out = Path(out)
     earlier = _earlier(out, overwrite=overwrite)
     named = parse_variants(variants)
@@ -163,14 +164,18 @@ class Job:
         return True
 
 
-def _check_options(
+def check_options(
     protocol: str,
     limit: int | None,
     batch_size: int,
+    dtype: str,
     adapter: str | Path | None,
     tuned: str | Path | None,
 ) -> None:
+    """Raise RecipeError with every option that no evaluation can have."""
     faults = []
+    if dtype not in DTYPES:
+        faults.append(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if protocol not in PROTOCOLS:
         faults.append(f"protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     if limit is not None and limit < 1:
@@ -187,11 +192,16 @@ def _earlier(out: Path, *, overwrite: bool) -> Settings | None:
     """The settings of an evaluation in `out` that is to be added to; None starts a new one."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: exists and is not a folder")
-    if overwrite or not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return None
+    if (out / "config.json").exists() or (out / "adapter_config.json").exists():
+        raise OutputError(f"{out}: is a model; name another folder for the results")
     if (out / "settings.json").exists():
-        return read_settings(out)
-    if (out / "results").exists():
+        before = read_settings(out)
+        return None if overwrite else before
+    if overwrite and (out / "results").exists() and not (out / "summary.json").exists():
+        raise OutputError(f"{out}: exists and is not a run, so it is not overwritten")
+    if (out / "results").exists() and not overwrite:
         raise EvaluationError(
             f"{out}: has results but no settings.json, so what made them is not known. "
             "Use --overwrite to evaluate again, or name another folder"
@@ -278,6 +288,7 @@ def _run(job: Job, earlier: Settings | None, *, overwrite: bool) -> None:
             examples = _score(job, lm, variant, source, loaded[source.name])
             text = "".join(f"{example.to_json()}\n" for example in examples)
             atomic_write(job.file(variant, source.name), text)
+        del lm  # or the next model would stand beside it in memory
 
 
 def _task_info(job: Job, source: TaskSource, task: Task) -> TaskInfo:

@@ -184,14 +184,14 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:  # JSON and UTF-8 faults alike
+            except (ValueError, RecursionError) as error:  # JSON and UTF-8 faults alike
                 yield f"{path}:{number}", _Broken(f"not JSON ({error})")
 
 
 def _list(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}). For one record a line use .jsonl") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: a .json file of training data is one list of records")
@@ -248,7 +248,8 @@ def _turns(value: Any, field: str, speaker: str, text: str) -> tuple[Message, ..
 
 
 def _alpaca(record: dict[str, Any]) -> tuple[Message, ...]:
-    parts = {key: record.get(key) or "" for key in ("system", "instruction", "input", "output")}
+    fields = ("system", "instruction", "input", "output")
+    parts = {key: "" if record.get(key) is None else record[key] for key in fields}
     wrong = [key for key, value in parts.items() if not isinstance(value, str)]
     if wrong:
         raise _RecordError(f"{', '.join(wrong)}: a text is needed, not {_shown(record[wrong[0]])}")

@@ -127,9 +127,12 @@ def finetune(
     target = Path(out).expanduser()
     done = folder.check(target, settings, resume=resume, overwrite=overwrite)
     if done is not None:
+        chats = read_chats(settings.data, max_examples=settings.max_examples)
+        if digest(settings.data, chats) != done["data"]["sha256"]:
+            raise folder.other_data(target, settings)
         return _result(target, done)
     run = _prepare(settings)
-    checkpoint = folder.start(target, settings, resume=resume)
+    checkpoint = folder.start(target, settings, run.digest, resume=resume)
     try:
         return _train(run, target, checkpoint, save_steps, on_progress)
     except OSError as error:

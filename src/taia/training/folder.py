@@ -23,6 +23,7 @@ __all__ = [
     "RECORD",
     "SETTINGS",
     "check",
+    "other_data",
     "publish",
     "start",
 ]
@@ -31,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 RECORD = "train.json"
 SETTINGS = "settings.json"
+DIGEST = "sha256 of the data"
 
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 """Files that the Trainer writes last; a checkpoint without one of them was cut off."""
@@ -65,16 +67,32 @@ def check(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> di
     return None
 
 
-def start(out: Path, settings: Settings, *, resume: bool) -> Path | None:
-    """Make the folder ready; the checkpoint to go on from, if resuming and there is one."""
+def start(out: Path, settings: Settings, digest: str, *, resume: bool) -> Path | None:
+    """Make the folder ready; the checkpoint to go on from, if resuming and there is one.
+
+    `digest` is that of the data. Raises RecipeError when it was another one before.
+    """
+    before = read_json(out / SETTINGS) if resume and (out / SETTINGS).is_file() else {}
+    if before.get(DIGEST, digest) != digest:
+        raise other_data(out, settings)
     try:
         if not resume and out.exists():
             shutil.rmtree(out)  # empty, or the user asked for it: `check` saw to that
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        atomic_write(out / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
+        atomic_write(
+            out / SETTINGS, json.dumps(asdict(settings) | {DIGEST: digest}, indent=2) + "\n"
+        )
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     return _last_checkpoint(out) if resume else None
+
+
+def other_data(out: Path, settings: Settings) -> RecipeError:
+    """The error of a run whose data is not what it was."""
+    return RecipeError(
+        f"{out}: was started with other data: {settings.data} has changed since. Start anew in "
+        "another folder or with --overwrite"
+    )
 
 
 def _last_checkpoint(out: Path) -> Path | None:

@@ -127,6 +127,7 @@ def _checked(raw: object) -> Record:
         raise ValueError("id is neither a text nor an integer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("question is not a text, or empty")
+    question.encode()  # a lone surrogate, which JSON can write, is no text: a ValueError
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(ALPHABET):
         raise ValueError(f"choices is not a list of 2 to {len(ALPHABET)} texts")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
