@@ -75,6 +75,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 
 
 @pytest.fixture(scope="session")
+def adapters(pair, tmp_path_factory):
+    """A function (model_type, setting of adapter_tools) -> folders of a base and an adapter."""
+    from adapter_tools import SETTINGS, save_adapter
+
+    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def make(model_type: str, setting: str) -> tuple[Path, Path]:
+        if (model_type, setting) not in made:
+            base, _ = pair(model_type)
+            out = tmp_path_factory.mktemp(f"{model_type}-{setting}") / "adapter"
+            made[model_type, setting] = (base, save_adapter(base, out, **SETTINGS[setting]))
+        return made[model_type, setting]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real evaluation and fine-tuning data, kept beside the project and not in it."""
     folder = Path(__file__).parents[2] / "shared" / "data"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, build
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapter_tools import SETTINGS, close, load, logits, save_adapter
+from conftest import FAMILIES
+from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import taia
@@ -22,72 +23,7 @@ from taia.kinds import Kind
 # PEFT says so each time an adapter is saved for a base that is not on the hub
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
-SETTINGS = {
-    "plain": {"r": 4, "lora_alpha": 8},
-    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 8,
-        "rank_pattern": {r".*\.0\..*": 2, r".*\.1\..*": 8},
-        "alpha_pattern": {r".*\.1\..*": 3, r".*\.2\..*": 20},
-    },
-}
 KEEPS = ["attention", "all - ffn", "attention[1:]*0.5 + ffn[0]*1.25"]
-
-
-def linear_names(model) -> list[str]:
-    """The last names of all linear layers but the head."""
-    from transformers.pytorch_utils import Conv1D
-
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and name not in ("lm_head", "embed_out")
-    }
-    return sorted(names)
-
-
-def save_adapter(base: Path, out: Path, seed: int = 3, **settings: object) -> Path:
-    """A LoRA adapter with random factors on every linear layer of a saved model."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    fan = {"fan_in_fan_out": True} if model.config.model_type == "gpt2" else {}
-    fields = {"target_modules": linear_names(model)} | fan | settings
-    peft = get_peft_model(model, LoraConfig(**fields))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name or parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    peft.save_pretrained(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def adapters(pair, tmp_path_factory):
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
-
-    def make(model_type: str, setting: str) -> tuple[Path, Path]:
-        if (model_type, setting) not in made:
-            base, _ = pair(model_type)
-            out = tmp_path_factory.mktemp(f"{model_type}-{setting}") / "adapter"
-            made[model_type, setting] = (base, save_adapter(base, out, **SETTINGS[setting]))
-        return made[model_type, setting]
-
-    return make
-
-
-def logits(model) -> torch.Tensor:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model.eval()(torch.randint(3, 60, (2, 12))).logits
-
-
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
 QUICK = [
@@ -240,37 +176,6 @@ def test_biases_and_saved_modules_are_decided_by_kind(pair, tmp_path, bias):
         taia.verify(sliced)
 
 
-def test_attach_copies_no_weights_and_close_restores_the_model(adapters):
-    base, adapter = adapters("llama", "plain")
-    model = load(base)
-    weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    live = taia.attach(model, adapter)
-    held = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    assert set(weights.values()) <= held
-    factors = sum(t.numel() for n, t in model.state_dict().items() if "lora_" in n)
-    own = sum(t.numel() for n, t in model.state_dict().items() if "lora_" not in n)
-    assert own == sum(t.numel() for t in load(base).state_dict().values())
-    assert factors < own
-    live.close()
-    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == weights
-
-
-def test_using_restores_after_an_exception_and_nests(adapters):
-    base, adapter = adapters("llama", "plain")
-    model = load(base)
-    live = taia.attach(model, adapter)
-    plain = logits(model)
-    with live.using("all"):
-        everything = logits(model)
-        with live.using("none"):
-            assert torch.equal(logits(model), plain)
-        assert torch.equal(logits(model), everything)
-        with pytest.raises(ValueError, match="odd"), live.using("attention"):
-            raise ValueError("odd")
-        assert torch.equal(logits(model), everything)
-    assert torch.equal(logits(model), plain)
-
-
 def test_an_adapter_for_another_model_is_refused_everywhere(adapters, pair, tmp_path):
     _, adapter = adapters("llama", "plain")
     other, _ = pair("gpt2")
@@ -300,39 +205,6 @@ def test_a_slice_without_a_base_needs_only_agreed_names(adapters, tmp_path):
     assert one.keys() == load_file(tmp_path / "known" / "adapter_model.safetensors").keys()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "LOHA"}, "type LOHA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
-        ({"init_lora_weights": "pissa"}, "changed the base"),
-    ],
-)
-def test_deltas_of_another_form_are_refused_by_name(adapters, tmp_path, change, message):
-    _, adapter = adapters("llama", "plain")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "adapter_config.json").write_text(json.dumps(config | change))
-    (other / "adapter_model.safetensors").write_bytes(
-        (adapter / "adapter_model.safetensors").read_bytes()
-    )
-    with pytest.raises(taia.TaiaError, match=message):
-        taia.slice_adapter(other, tmp_path / "out", keep="attention")
-
-
-def test_a_tensor_that_no_rule_explains_is_an_error(adapters, tmp_path):
-    _, adapter = adapters("llama", "plain")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    stored = load_file(adapter / "adapter_model.safetensors")
-    save_file(stored | {"base_model.model.model.lora_C": torch.ones(2)},
-              other / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(taia.TaiaError, match="lora_C"):
-        read_adapter(other)
-
-
 def test_one_model_takes_an_adapter_in_any_dtype(pair, tmp_path):
     base, _ = pair("llama", "bfloat16")
     adapter = save_adapter(base, tmp_path / "a", r=4, lora_alpha=8)
@@ -346,10 +218,6 @@ def test_one_model_takes_an_adapter_in_any_dtype(pair, tmp_path):
 
 def build_copy(base: Path):
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-
-
-def test_build_makes_what_the_families_say():
-    assert build("llama", 0).config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -390,58 +258,6 @@ def test_orientation_follows_the_architecture_not_the_configuration(pair, tmp_pa
     assert close(by_peft, logits(load(tmp_path / "merged")))
 
 
-def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):
-    base, _ = pair("llama")
-    adapter = save_adapter(
-        base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["layers.2"], r=4
-    )
-    model = load(base)
-    live = taia.attach(model, adapter)
-    with pytest.raises(taia.TaiaError, match="on or off as a whole"), live.using("attention"):
-        pass
-    with live.using("all"):
-        assert close(logits(model), logits(PeftModel.from_pretrained(load(base), adapter)))
-
-
-def test_a_configuration_that_contradicts_the_file_leaves_the_model_alone(adapters, tmp_path):
-    base, adapter = adapters("llama", "plain")
-    other = tmp_path / "other"
-    other.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    stored = (adapter / "adapter_model.safetensors").read_bytes()
-    (other / "adapter_model.safetensors").write_bytes(stored)
-    for change in ({"target_modules": ["q_proj"]}, {"r": 7}, {"target_modules": ["typo"]}):
-        (other / "adapter_config.json").write_text(json.dumps(config | change))
-        model = load(base)
-        names = list(model.state_dict())
-        with pytest.raises(taia.TaiaError, match="disagree"):
-            taia.attach(model, other)
-        assert list(model.state_dict()) == names
-
-
-def test_close_gives_back_modules_and_flags(pair, tmp_path):
-    base, _ = pair("qwen2")
-    adapter = save_adapter(
-        base, tmp_path / "a", bias="all", modules_to_save=["norm"], r=4, lora_alpha=4
-    )
-    model = load(base)
-    model.model.layers[0].train()
-    plain = logits(load(base))
-    modules = {name: id(module) for name, module in model.named_modules()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
-    live = taia.attach(model, adapter)
-    with live.using("all"):
-        pass
-    live.close()
-    assert {name: id(module) for name, module in model.named_modules()} == modules
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-    assert {name: module.training for name, module in model.named_modules()} == training
-    assert torch.equal(logits(model), plain)
-    with pytest.raises(taia.TaiaError, match="attach it again"), live.using("all"):
-        pass
-
-
 def test_layers_from_the_end_need_a_base(adapters, tmp_path):
     _, adapter = adapters("llama", "plain")
     lonely = tmp_path / "lonely"
@@ -463,31 +279,6 @@ def test_an_adapter_of_other_shapes_is_not_sliced(adapters, pair, tmp_path):
     wide, _ = pair("llama", intermediate_size=64)
     with pytest.raises(taia.TaiaError, match="made for another model"):
         taia.splice(wide, adapter, tmp_path / "out", keep="attention")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"lora_alpha": None},
-        {"lora_alpha": "x"},
-        {"lora_alpha": float("nan")},
-        {"alpha_pattern": [1]},
-        {"alpha_pattern": {"(": 3}},
-        {"target_modules": [["q"]]},
-        {"base_model_name_or_path": 5},
-    ],
-)
-def test_a_configuration_of_the_wrong_types_is_one_message(adapters, tmp_path, change):
-    _, adapter = adapters("llama", "plain")
-    other = tmp_path / "other"
-    other.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | change))
-    (other / "adapter_model.safetensors").write_bytes(
-        (adapter / "adapter_model.safetensors").read_bytes()
-    )
-    with pytest.raises(taia.TaiaError, match="not a LoRA configuration"):
-        read_adapter(other)
 
 
 def test_a_sliced_or_merged_output_does_not_replace_its_sources(adapters):
@@ -515,3 +306,21 @@ def test_a_merge_takes_the_adapters_tokenizer_as_one_set(adapters, tmp_path):
     assert not (tmp_path / "all" / "chat_template.jinja").exists()
     assert (tmp_path / "all" / "tokenizer.json").read_text() == "adapter"
     taia.verify(tmp_path / "all")
+
+
+def test_the_depth_of_a_gguf_base_is_read_from_its_head(adapters, tmp_path):
+    from gguf import GGUFWriter
+
+    _, adapter = adapters("llama", "plain")
+    writer = GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_block_count(5)  # the adapter changes the first three
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    taia.splice(tmp_path / "base.gguf", adapter, tmp_path / "out", keep="attention[-3:]")
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.split(".")[4] for key in keys} == {"2"}
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(taia.TaiaError, match="not a readable GGUF"):
+        taia.splice(tmp_path / "broken.gguf", adapter, tmp_path / "no", keep="attention[-3:]")

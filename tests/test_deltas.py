@@ -123,8 +123,20 @@ def test_the_factored_norm_needs_no_product(random: np.random.Generator) -> None
     assert factored_norm(a, 0 * b, 0.5) == 0
 
 
+def write_gguf(path: Path) -> None:
+    """A GGUF file with its metadata and no tensors."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def test_a_gguf_base_leaves_base_norms_open(tmp_path: Path, random: np.random.Generator) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    write_gguf(tmp_path / "model.gguf")
     adapter = write_adapter(tmp_path / "adapter", random)
     assert {row.base_norm for row in delta_norms(tmp_path / "model.gguf", adapter)} == {None}
 
@@ -139,7 +151,7 @@ def test_whole_tensors_are_measured_against_the_base(
     save_file(load_file(path) | bias, path)
     found = {(row.layer, row.projection): row for row in delta_norms(base, adapter)}
     assert found[0, "o"].norm == pytest.approx(3 * math.sqrt(8))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    write_gguf(tmp_path / "model.gguf")
     with pytest.raises(SourceError, match="whole tensors"):
         delta_norms(tmp_path / "model.gguf", adapter)
 

@@ -45,8 +45,8 @@ def tune(base: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: base, tuned, adapter, chats.jsonl, DIR, DATA."""
+    from adapter_tools import save_adapter
     from chat_tools import tiny_chat_model
-    from test_adapter import save_adapter
 
     folder = tmp_path_factory.mktemp("docs")
     tiny_chat_model(folder / "base", "float32")

@@ -196,7 +196,10 @@ def _gguf_depth(path: Path) -> int | None:
         from gguf import GGUFReader
     except ImportError:
         return None
-    fields = GGUFReader(path).fields
+    try:
+        fields = GGUFReader(path).fields
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from error
     counts = [field for name, field in fields.items() if name.endswith(".block_count")]
     return int(counts[0].contents()) if counts else None
 

@@ -1,0 +1,98 @@
+"""A live model: nothing is copied, everything is restored."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from adapter_tools import close, load, logits, save_adapter
+from peft import PeftModel
+
+import taia
+
+# PEFT says so each time an adapter is saved for a base that is not on the hub
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
+
+
+def test_attach_copies_no_weights_and_close_restores_the_model(adapters):
+    base, adapter = adapters("llama", "plain")
+    model = load(base)
+    weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    live = taia.attach(model, adapter)
+    held = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert set(weights.values()) <= held
+    factors = sum(t.numel() for n, t in model.state_dict().items() if "lora_" in n)
+    own = sum(t.numel() for n, t in model.state_dict().items() if "lora_" not in n)
+    assert own == sum(t.numel() for t in load(base).state_dict().values())
+    assert factors < own
+    live.close()
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == weights
+
+
+def test_using_restores_after_an_exception_and_nests(adapters):
+    base, adapter = adapters("llama", "plain")
+    model = load(base)
+    live = taia.attach(model, adapter)
+    plain = logits(model)
+    with live.using("all"):
+        everything = logits(model)
+        with live.using("none"):
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), everything)
+        with pytest.raises(ValueError, match="odd"), live.using("attention"):
+            raise ValueError("odd")
+        assert torch.equal(logits(model), everything)
+    assert torch.equal(logits(model), plain)
+
+
+def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):
+    base, _ = pair("llama")
+    adapter = save_adapter(
+        base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["layers.2"], r=4
+    )
+    model = load(base)
+    live = taia.attach(model, adapter)
+    with pytest.raises(taia.TaiaError, match="on or off as a whole"), live.using("attention"):
+        pass
+    with live.using("all"):
+        assert close(logits(model), logits(PeftModel.from_pretrained(load(base), adapter)))
+
+
+def test_a_configuration_that_contradicts_the_file_leaves_the_model_alone(adapters, tmp_path):
+    base, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    stored = (adapter / "adapter_model.safetensors").read_bytes()
+    (other / "adapter_model.safetensors").write_bytes(stored)
+    for change in ({"target_modules": ["q_proj"]}, {"r": 7}, {"target_modules": ["typo"]}):
+        (other / "adapter_config.json").write_text(json.dumps(config | change))
+        model = load(base)
+        names = list(model.state_dict())
+        with pytest.raises(taia.TaiaError, match="disagree"):
+            taia.attach(model, other)
+        assert list(model.state_dict()) == names
+
+
+def test_close_gives_back_modules_and_flags(pair, tmp_path):
+    base, _ = pair("qwen2")
+    adapter = save_adapter(
+        base, tmp_path / "a", bias="all", modules_to_save=["norm"], r=4, lora_alpha=4
+    )
+    model = load(base)
+    model.model.layers[0].train()
+    plain = logits(load(base))
+    modules = {name: id(module) for name, module in model.named_modules()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    live = taia.attach(model, adapter)
+    with live.using("all"):
+        pass
+    live.close()
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(taia.TaiaError, match="attach it again"), live.using("all"):
+        pass

@@ -1,0 +1,73 @@
+"""What PEFT stores: everything explained, or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import taia
+from taia.adapter import read_adapter
+
+# PEFT says so each time an adapter is saved for a base that is not on the hub
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "type LOHA"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "changed the base"),
+    ],
+)
+def test_deltas_of_another_form_are_refused_by_name(adapters, tmp_path, change, message):
+    _, adapter = adapters("llama", "plain")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps(config | change))
+    (other / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(taia.TaiaError, match=message):
+        taia.slice_adapter(other, tmp_path / "out", keep="attention")
+
+
+def test_a_tensor_that_no_rule_explains_is_an_error(adapters, tmp_path):
+    _, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file(stored | {"base_model.model.model.lora_C": torch.ones(2)},
+              other / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(taia.TaiaError, match="lora_C"):
+        read_adapter(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "x"},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(": 3}},
+        {"target_modules": [["q"]]},
+        {"base_model_name_or_path": 5},
+    ],
+)
+def test_a_configuration_of_the_wrong_types_is_one_message(adapters, tmp_path, change):
+    _, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | change))
+    (other / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(taia.TaiaError, match="not a LoRA configuration"):
+        read_adapter(other)
