@@ -48,8 +48,8 @@ from taia.writing import (
 
 __all__ = ["execute", "splice"]
 
-COPY_AT_ONCE = 64 * 1024 * 1024
-"""Bytes between two reports of progress."""
+COPY_AT_ONCE = 16 * 1024 * 1024
+"""Bytes after which the disk is set to work and progress is told."""
 
 Progress = Callable[[int, int], None]
 """Told the bytes written so far and in all."""
@@ -194,7 +194,7 @@ def _carry_out(step: _Range | Blend | Merge, target: FileIO, progress: _Counter)
             for start in range(step.start, step.stop, COPY_AT_ONCE):
                 length = min(COPY_AT_ONCE, step.stop - start)
                 copy_range(source, target, start, length)
-                start_writing(target)
+                start_writing(target, length)
                 progress.add(length)
         return
     for chunk in step.chunks():
