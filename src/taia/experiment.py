@@ -18,7 +18,6 @@ Limits: one machine, one cell; no names of hosts or users are recorded.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -34,6 +33,7 @@ from rich.console import Console
 
 from taia.errors import OutputError, RecipeError
 from taia.files import atomic_write, read_json
+from taia.receipt import digest_of
 from taia.recipe import Recipe, load_recipe, place
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ OWN = (
     "recipe.yaml", LOCK, "train", "deltas.json", "settings.json", "results", "summary.json",
     "report.html",
 )  # fmt: skip
-"""Everything that a run writes; `overwrite` removes these and nothing else."""
+"""Everything that a run writes, in its order; `overwrite` removes these and nothing else."""
 
 PACKAGES = (
     "taia", "torch", "transformers", "peft", "trl", "accelerate", "lm_eval", "safetensors", "numpy",
@@ -105,7 +105,7 @@ def run(recipe: str | Path, out: str | Path | None = None, *, overwrite: bool = 
         console.print(f"[bold]{name}[/bold] ...")
         start = time.monotonic()
         if name == "train":  # what follows is of the old fine-tune, if there is anything
-            for later in ("deltas.json", "settings.json", "results", "summary.json", "report.html"):
+            for later in OWN[OWN.index("train") + 1 :]:
                 _remove(folder / later)
             lock["stages"].clear()
         stage(cell, console)
@@ -321,8 +321,7 @@ def _hashes(cell: Cell, inputs: Mapping[str, str]) -> dict[str, str]:
     found = {name: value for name, value in inputs.items() if len(value) == 64}
     weights = Path(cell.change) / "adapter_model.safetensors"
     if weights.is_file():
-        with weights.open("rb") as file:
-            found["adapter"] = hashlib.file_digest(file, "sha256").hexdigest()
+        found["adapter"] = digest_of(weights)
     return found
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from taia.errors import DataError
+from taia.receipt import digest_of
 from taia.training.spans import IGNORED, chat_labels
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def digest(source: str | Path, chats: Iterable[Chat]) -> str:
     """SHA-256 of training data: of the file's bytes, else of the chats that were read."""
     path = Path(source).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(path)
     total = hashlib.sha256()
     for chat in chats:
         turns = [[turn.role, turn.content] for turn in chat.messages]
