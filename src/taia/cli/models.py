@@ -1,0 +1,83 @@
+"""The commands on models: plan, splice, verify."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from taia.cli.options import Command, add_json, add_keep, add_models, add_overwrite
+from taia.cli.printing import bytes_progress, print_json, print_plan, print_receipt
+
+__all__ = ["COMMANDS"]
+
+
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia plan`."""
+    add_models(parser)
+    add_keep(parser)
+    add_json(parser)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Show what a splice would do. Reads headers only; with an adapter, plans its merge."""
+    from taia.plan import plan as make_plan
+
+    planned = make_plan(options.base, options.tuned, options.keep)
+    if options.as_json:
+        print_json(planned.to_json())
+    else:
+        print_plan(planned)
+    planned.refuse_faults()
+
+
+def splice_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia splice`."""
+    add_models(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    add_keep(parser)
+    parser.add_argument(
+        "--merge", action="store_true", help="of an adapter, write a full checkpoint"
+    )
+    parser.add_argument(
+        "--hash", action="store_true", help="store digests, to verify without the sources"
+    )
+    add_overwrite(parser)
+    add_json(parser)
+
+
+def splice(options: argparse.Namespace) -> None:
+    """Write the model, or the sliced adapter, that keeps a selection of the delta."""
+    from taia.splice import splice as carry_out
+
+    with bytes_progress() as on_progress:
+        receipt = carry_out(
+            options.base,
+            options.tuned,
+            options.out,
+            options.keep,
+            merge=options.merge,
+            hash=options.hash,
+            overwrite=options.overwrite,
+            on_progress=on_progress,
+        )
+    print_receipt(receipt, options.out, "written", options.as_json)
+
+
+def verify_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia verify`."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="a folder that taia wrote")
+    add_json(parser)
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check an output against its receipt, byte for byte. Exit code 1 if it differs."""
+    from taia.verify import verify as check
+
+    print_receipt(check(options.out), options.out, "verified", options.as_json)
+
+
+COMMANDS: dict[str, Command] = {
+    "plan": (plan_options, plan),
+    "splice": (splice_options, splice),
+    "verify": (verify_options, verify),
+}

@@ -1,0 +1,96 @@
+"""What the commands print: tables, JSON, one line about an output, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taia.plan import Plan
+    from taia.receipt import Receipt
+    from taia.splice import Progress
+
+__all__ = [
+    "bytes_progress",
+    "print_json",
+    "print_plan",
+    "print_receipt",
+    "print_summary",
+    "read_summary",
+]
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_plan(planned: Plan) -> None:
+    """Print a plan's totals, one kind a row."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(title=f"keep: {planned.selection}", title_justify="left")
+    table.add_column("kind")
+    for column in ("tensors", "parameters", "from base", "from tuned", "blended"):
+        table.add_column(column, justify="right")
+    totals = planned.totals
+    for kind, row in totals.items():
+        if kind == "all":
+            table.add_section()
+        sizes = [decimal(row[key]) if row[key] else "" for key in ("base", "tuned", "blend")]
+        table.add_row(kind, f"{row['tensors']:,}", f"{row['parameters']:,}", *sizes)
+    Console().print(table)
+
+
+def print_receipt(receipt: Receipt, out: Path, done: str, as_json: bool) -> None:
+    """Print what was written or verified: one line, or the receipt as JSON."""
+    if as_json:
+        print_json(receipt.to_json())
+        return
+    origins = [entry.origin for entry in receipt.tensors]
+    counts = ", ".join(
+        f"{origins.count(origin)} {label}"
+        for origin, label in (("base", "from base"), ("tuned", "from tuned"), ("blend", "blended"))
+        if origin in origins
+    )
+    print(f"{out}: {done}, keeping '{receipt.selection}': {len(origins)} tensors, {counts}")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a run."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def print_summary(folder: Path, as_json: bool) -> None:
+    """Print the table of a run."""
+    summary = read_summary(folder)
+    if as_json:
+        print_json(summary)
+        return
+    from rich.console import Console
+
+    from taia.report_text import render_terminal
+
+    Console().print(render_terminal(summary))
+
+
+@contextmanager
+def bytes_progress() -> Iterator[Progress | None]:
+    """A progress bar for bytes on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("splice")
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,157 @@
+"""The commands of an experiment: train, eval, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from taia.cli.options import MODEL, Command, add_json, add_overwrite, split_list
+from taia.cli.printing import print_json, print_summary, read_summary
+
+__all__ = ["COMMANDS"]
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help=f"the base model: {MODEL}")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of everything that is random (default: 0)"
+    )
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia train`; the defaults are the paper's."""
+    add = parser.add_argument
+    _add_base(parser)
+    add("--data", required=True, help="a JSON Lines file, a folder, or a hub dataset id")
+    add("--out", required=True, type=Path, help="the folder of the adapter or model")
+    add("--method", default="lora", help="lora (default) or full")
+    add("--train", metavar="SELECTION", default="all", help="what is trained (default: all)")
+    add("--rank", type=int, default=16, help="LoRA rank (default: 16)")
+    add("--alpha", type=float, default=32, help="LoRA alpha (default: 32)")
+    add("--dropout", type=float, default=0.05, help="LoRA dropout (default: 0.05)")
+    add("--learning-rate", type=float, default=2e-4, help="peak learning rate (default: 2e-4)")
+    add("--epochs", type=float, default=1.0, help="passes over the data (default: 1)")
+    add("--max-steps", type=int, help="stop after so many steps")
+    add(
+        "--batch-size", type=int, default=16,
+        help="examples a step, over all devices (default: 16)",
+    )  # fmt: skip
+    add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
+    add("--max-examples", type=int, help="take the first so many examples")
+    add("--save-steps", type=int, default=100, help="steps between checkpoints (default: 100)")
+    _add_seed(parser)
+    add("--resume", action="store_true", help="continue where it stopped")
+    add_overwrite(parser)
+    add_json(parser)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Fine-tune a model on chats. Defaults are the paper's; loss on the assistant's tokens."""
+    import dataclasses
+
+    from taia.training.finetune import finetune
+
+    result = finetune(
+        options.base, options.data, options.out, method=options.method, train=options.train,
+        rank=options.rank, alpha=options.alpha, dropout=options.dropout,
+        learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
+        batch_size=options.batch_size, max_length=options.max_length,
+        max_examples=options.max_examples, save_steps=options.save_steps, seed=options.seed,
+        resume=options.resume, overwrite=options.overwrite,
+    )  # fmt: skip
+    if options.as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print(f"{options.out}: trained {result.steps} steps, {result.tokens:,} tokens, "
+              f"final loss {result.final_loss:.4f}")  # fmt: skip
+
+
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia eval`."""
+    add = parser.add_argument
+    _add_base(parser)
+    add("--tasks", required=True, help="task names, separated by commas")
+    add("--out", required=True, type=Path, help="the folder of the results")
+    add("--adapter", help="the fine-tune, as a PEFT adapter")
+    add("--tuned", help="the fine-tune, as a checkpoint")
+    add("--variants", help="presets and selections, separated by commas")
+    add("--data", type=Path, help="a folder of JSON Lines; the hub without it")
+    add("--limit", type=int, help="the first so many examples a task")
+    add("--protocol", default="chat", help="chat (the model's template, default) or plain")
+    add("--batch-size", type=int, default=32, help="prompt and choice pairs a batch (default: 32)")
+    add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    _add_seed(parser)
+    add_overwrite(parser)
+    add_json(parser)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score variants of one model on the same examples, side by side."""
+    from taia.evaluation.harness import evaluate as score
+    from taia.evaluation.variants import VARIANTS
+
+    fine_tune = options.adapter or options.tuned
+    chosen = (
+        split_list(options.variants)
+        if options.variants
+        else VARIANTS if fine_tune else ("base",)
+    )  # fmt: skip
+    score(
+        options.base, options.out, tasks=split_list(options.tasks), adapter=options.adapter,
+        tuned=options.tuned, variants=chosen, data=options.data, limit=options.limit,
+        protocol=options.protocol, batch_size=options.batch_size, dtype=options.dtype,
+        seed=options.seed, overwrite=options.overwrite,
+    )  # fmt: skip
+    print_summary(options.out, options.as_json)
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia run`."""
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe, in YAML")
+    parser.add_argument("--out", type=Path, help="the run's folder; runs/NAME without it")
+    add_overwrite(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry out a whole experiment: train, evaluate, report. Resumes at the last finished stage."""
+    from taia.experiment import run as carry_out
+
+    folder = carry_out(options.recipe, options.out, overwrite=options.overwrite)
+    print_summary(folder, options.as_json)
+
+
+def report_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `taia report`."""
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print Markdown, with the paired differences"
+    )
+    add_json(parser)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print the table of a run and write its report.html."""
+    from taia.report import report as write_report
+
+    page = write_report(options.folder)
+    if options.markdown:
+        from taia.report_text import render_markdown
+
+        sys.stdout.write(render_markdown(read_summary(options.folder)))
+        return
+    print_summary(options.folder, options.as_json)
+    if not options.as_json:
+        print(f"report: {page}")
+
+
+COMMANDS: dict[str, Command] = {
+    "train": (train_options, train),
+    "eval": (evaluate_options, evaluate),
+    "run": (run_options, run),
+    "report": (report_options, report),
+}
