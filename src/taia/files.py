@@ -2,15 +2,17 @@
 
 Everything is written beside its destination, flushed to the disk, and renamed.
 Whatever interrupts (an error, a full disk, a signal turned into an exception)
-removes the half-written part and leaves the destination as it was.
+removes the half-written part and leaves the destination as it was. What a killed
+process or a power cut left behind is removed, or put back in its place, by the next one
+that writes to the same destination.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,18 +32,20 @@ __all__ = [
 MAX_JSON_BYTES = 100 * 1024 * 1024
 """The limit that safetensors sets on its header; no JSON file of a checkpoint is larger."""
 
+TOKEN_BYTES = 4
+KEPT = "old"
+"""The name, inside its hidden folder, of an output that is being replaced."""
+
 
 def atomic_write(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` in one step; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{_token()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -53,18 +57,19 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` when the block ends well.
 
     An existing empty folder is replaced; a non-empty one only with `overwrite`, and
-    then it stays untouched until the new one is complete. Raises OutputError.
+    then it stays untouched until the new one is complete. What an earlier process left
+    half-written beside `out` is removed first. Raises OutputError.
     """
-    refuse_existing(out, overwrite=overwrite)
     out = out.absolute()
+    _clear_litter(out)
+    refuse_existing(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial, owned = _own_folder(out, "partial")
     except OSError as error:
         raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
         _sync_tree(partial)
         _swap(partial, out)
     except OSError as error:
@@ -73,6 +78,8 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        _disown(owned)
 
 
 def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
@@ -135,18 +142,80 @@ def _swap(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.replace(out)
     else:
-        retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+        retired, owned = _own_folder(out, "old")
         try:
-            out.replace(retired / "old")
+            out.replace(retired / KEPT)
             partial.replace(out)
         except BaseException:
             if not out.exists():
-                (retired / "old").replace(out)
+                (retired / KEPT).replace(out)
             retired.rmdir()
+            _disown(owned)
             raise
+        (retired / KEPT).replace(retired / "removed")  # nobody puts back what is half removed
         shutil.rmtree(retired, ignore_errors=True)
+        _disown(owned)
     with suppress(OSError):  # it stands; only some file systems let a folder be flushed
         _sync(out.parent)
+
+
+def _own_folder(out: Path, suffix: str) -> tuple[Path, int | None]:
+    """A new folder `.NAME.TOKEN.SUFFIX` beside `out`, and the lock that says it is in use.
+
+    The system gives the lock back when the process ends, however it ends.
+    """
+    while True:
+        folder = out.with_name(f".{out.name}.{_token()}.{suffix}")
+        folder.mkdir()
+        owned = _lock(folder, wait=True)
+        if folder.exists():  # else another process took it for litter before it was locked
+            return folder, owned
+        _disown(owned)
+
+
+def _clear_litter(out: Path) -> None:
+    """Remove what dead processes left beside `out`; put `out` back if one was replacing it."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{{2 * TOKEN_BYTES}}}\.(partial|old)")
+    try:
+        litter = [folder for folder in out.parent.iterdir() if name.fullmatch(folder.name)]
+    except OSError:  # the parent is not there yet
+        return
+    for folder in litter:
+        owned = _lock(folder, wait=False)
+        if owned is None:
+            continue
+        try:
+            if (folder / KEPT).exists() and folder.suffix == ".old" and not out.exists():
+                (folder / KEPT).replace(out)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: an interrupted run left it, and it cannot be put back as {out}: "
+                f"{error.strerror}"
+            ) from error
+        finally:
+            _disown(owned)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder; None if a live process holds it or the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _disown(descriptor)
+        return None
+    return descriptor
+
+
+def _disown(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -164,7 +233,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _token() -> str:
+    """A name that no other process chooses."""
+    return os.urandom(TOKEN_BYTES).hex()
