@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_unknown_dtype(copies):
 def test_index_that_names_a_file_outside(copies, shard):
     index = {"weight_map": {"model.norm.weight": shard}}
     (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(*copies, "outside the checkpoint")
+    refused(*copies, "expected a name and the file" if shard == 7 else "outside the checkpoint")
 
 
 def test_index_that_names_a_missing_shard(copies):
@@ -277,3 +278,65 @@ def test_broken_bytes_give_a_checkpoint_error_and_nothing_else(tmp_path: Path, d
     except CheckpointError:
         return
     assert all(t.stop <= file.stat().st_size for t in tensors.values())
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(copies):
+    index = {"weight_map": {"model.norm.weight": "pipe.safetensors"}}
+    (copies[1] / "model.safetensors").unlink()
+    (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    os.mkfifo(copies[1] / "pipe.safetensors")
+    refused(*copies, "not a regular file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_refused(copies, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (copies[1] / name).rename(tmp_path / "elsewhere" / name)
+    (copies[1] / name).symlink_to(tmp_path / "elsewhere" / name)
+    refused(*copies, "a link that leads out of the model's folder")
+
+
+def test_links_inside_the_folder_and_to_the_blobs_of_the_hub_cache(copies, tmp_path):
+    cache = tmp_path / "models--some--model"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for file in copies[1].iterdir():
+        file.rename(cache / "blobs" / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    (copies[0] / "model.safetensors").rename(copies[0] / "weights")
+    (copies[0] / "model.safetensors").symlink_to("weights")
+    taia.splice(copies[0], snapshot, tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    taia.verify(tmp_path / "out")
+
+
+def test_a_source_that_is_replaced_while_it_is_read_leaves_nothing(copies):
+    from taia.splice import execute
+
+    planned = taia.plan(*copies, keep="all")
+    file = copies[1] / "model.safetensors"
+    os.utime(file, ns=(0, 0))  # what a download or a save does: another file of the same size
+    with pytest.raises(TaiaError, match="changed while it was read"):
+        execute(planned, copies[0].parent / "out")
+    assert not (copies[0].parent / "out").exists()
+
+
+def test_a_layer_beyond_all_models(copies):
+    name = f"model.layers.{10**15}.mlp.up_proj.weight"
+    for folder in copies:
+        rewrite_header(
+            folder / "model.safetensors",
+            lambda header: header.update({name: header.pop("model.layers.0.mlp.up_proj.weight")}),
+        )
+    refused(*copies, "no model has 100,000 layers", keep="all - ffn")
+
+
+def test_a_message_cannot_steer_the_terminal(copies):
+    rewrite_header(
+        copies[1] / "model.safetensors",
+        lambda header: header.update({"\x1b[2J\u202e": header.pop("model.norm.weight")}),
+    )
+    with pytest.raises(TaiaError) as caught:
+        taia.splice(*copies, copies[0].parent / "out")
+    assert "\\x1b[2J\\u202e: in the tuned model" in str(caught.value)

@@ -1,70 +1,64 @@
-"""Where every tensor of a safetensors checkpoint lies; no weight is read.
+"""A safetensors checkpoint: its configuration and where each tensor lies; no weight is read.
 
 A checkpoint is a folder with config.json and either model.safetensors or shards
-named by model.safetensors.index.json. Only headers are read: 8 bytes of little-endian
-length, a JSON object name -> {dtype, shape, data_offsets}, then the data, contiguous
-and without holes (https://github.com/huggingface/safetensors, "Format").
+named by model.safetensors.index.json. Only headers are read (header.py).
 
 Everything in a checkpoint comes from outside, so everything is checked here, before
-anything else trusts it: lengths against the file, offsets against shapes, names of
-shards against their folder.
+anything else trusts it: names of shards against their folder, the index against the
+headers, links and kinds of files (untrusted.py), and how much of it there is.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from taia.errors import CheckpointError, SourceError
 from taia.files import read_json
+from taia.header import (
+    BITS,
+    FLOATS,
+    MAX_FAULTS,
+    MAX_NAME_BYTES,
+    MAX_TENSORS,
+    Tensor,
+    parse_header,
+    read_header,
+    weight_of,
+)
+from taia.json_stream import CLOSE, COMMA, OPEN, SPACE, STRING, Scanner
 from taia.sources import Form, Source, resolve
+from taia.untrusted import open_regular
 
-__all__ = ["BITS", "FLOATS", "Checkpoint", "Tensor", "open_checkpoint", "read_header"]
+__all__ = [
+    "BITS",
+    "FLOATS",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "Tensor",
+    "open_checkpoint",
+    "parse_index",
+    "read_header",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
 
-BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8,
-    "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16,
-    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64,
-    "I64": 64, "U64": 64,
-}  # fmt: skip
-"""Bits an element, for every dtype that the format knows."""
-
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""The dtypes that deltas are computed on; float8 has its scales in other tensors."""
+MAX_INDEX_BYTES = 100_000_000
+"""The limit of a header holds for the index too; that of 90,000 tensors has 10 MB."""
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One stored tensor: dtype as in the header, shape, and its bytes `[start, stop)` of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        """Its size on disk."""
-        return self.stop - self.start
-
-    @property
-    def parameters(self) -> int:
-        """Its number of elements."""
-        return math.prod(self.shape)
+_PAIR = re.compile(rb"(" + STRING + rb")" + SPACE + rb":" + SPACE + rb"(" + STRING + rb")")
+_PAIRS = re.compile(_PAIR.pattern + SPACE + rb"," + SPACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,8 @@ class Checkpoint:
     """A folder of safetensors: its configuration and where each tensor lies.
 
     `files` lists the weight files in the order of their names; `tensors` is in the order
-    of files, and within a file in the order of the bytes.
+    of files, and within a file in the order of the bytes. `stamps` holds the size and the
+    modification time of each file when its header was read.
     """
 
     text: str
@@ -80,6 +75,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: tuple[str, ...]
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -91,6 +87,16 @@ class Checkpoint:
                 "cannot be told; save the model with transformers' save_pretrained"
             )
         return model_type
+
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError if a weight file is no longer the one whose header was read."""
+        faults = [
+            f"{file}: changed while it was read; was it being saved or downloaded?"
+            for file, stamp in self.stamps.items()
+            if _stamp(self.path / file) != stamp
+        ]
+        if faults:
+            raise CheckpointError(f"{self.path}: not the checkpoint that was planned", faults)
 
 
 def open_checkpoint(source: str | Path | Source) -> Checkpoint:
@@ -108,92 +114,63 @@ def open_checkpoint(source: str | Path | Source) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
     placed = _read_index(folder)
     files = sorted(set(placed.values())) if placed is not None else [SINGLE]
-    tensors: dict[str, Tensor] = {}
-    faults: list[str] = []
-    for file in files:
-        try:
-            header = read_header(folder / file)
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
-        faults += [f"{name}: stored twice, in {tensors[name].file} and {file}"
-                   for name in header if name in tensors]  # fmt: skip
-        tensors.update(header)
+    tensors, stamps, faults = _read_headers(folder, files)
     if placed is not None and not faults:
         faults = _index_faults(placed, tensors)
     if faults:
         raise CheckpointError(f"{folder}: not a readable checkpoint", faults)
-    return Checkpoint(found.text, folder, config, tensors, tuple(files))
+    return Checkpoint(found.text, folder, config, tensors, tuple(files), stamps)
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, in the order of their bytes.
-
-    Raises CheckpointError if the file is truncated, its header is longer than the file,
-    or the tensors overlap, leave gaps, or do not fill the file.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated: "
-                    f"a header of {length:,} bytes is stated, the file has {size:,}"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: broken safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: broken safetensors header: not a JSON object")
-    return _checked_layout(path, header, 8 + length, size)
-
-
-def _checked_layout(path: Path, header: dict[str, Any], data: int, size: int) -> dict[str, Tensor]:
-    """Tensors in byte order, proven to tile `[data, size)` exactly."""
-    tensors, faults = [], []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+def _read_headers(
+    folder: Path, files: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]], list[str]]:
+    """The tensors of all shards, the stamp of each shard, and what is wrong with them."""
+    tensors: dict[str, Tensor] = {}
+    stamps: dict[str, tuple[int, int]] = {}
+    faults: list[str] = []
+    names = 0
+    for file in files:
         try:
-            tensors.append(_tensor(name, entry, path.name, data))
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(f"{name}: {error}")
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-    end = data
-    for tensor in tensors:
-        if tensor.start != end:
-            what = "overlaps the tensor before it" if tensor.start < end else "follows a gap"
-            faults.append(f"{tensor.name}: {what} ({tensor.start:,} where {end:,} was due)")
-        end = tensor.stop
-    if not faults and end != size:
-        what = "truncated" if end > size else "longer than its tensors"
-        faults.append(f"{what}: tensors end at byte {end:,}, the file at {size:,}")
-    if faults:
-        raise CheckpointError(f"{path}: broken safetensors file", faults)
-    return {tensor.name: tensor for tensor in tensors}
+            header, stamps[file] = _read_shard(folder / file)
+        except CheckpointError as error:
+            faults.append(str(error))
+            if len(faults) >= MAX_FAULTS:
+                break
+            continue
+        twice = (name for name in header if name in tensors)
+        faults += [f"{name}: stored twice, in {tensors[name].file} and {file}"
+                   for name in islice(twice, MAX_FAULTS)]  # fmt: skip
+        names += sum(weight_of(name, tensor.shape) for name, tensor in header.items())
+        if len(tensors) + len(header) > MAX_TENSORS or names > MAX_NAME_BYTES:
+            return tensors, stamps, [_too_many()]
+        tensors.update(header)
+    return tensors, stamps, faults
 
 
-def _tensor(name: str, entry: Any, file: str, data: int) -> Tensor:
-    """One header entry. Raises KeyError, TypeError or ValueError for what the format forbids."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError("its entry lacks dtype, shape or data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BITS:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError("shape and data_offsets are lists of non-negative integers")
-    start, stop = offsets if len(offsets) == 2 else (1, 0)
-    bits = math.prod(shape) * BITS[dtype]
-    if bits % 8 or stop - start != bits // 8:
-        raise ValueError(f"offsets {offsets} do not fit {dtype} {shape}, {bits // 8:,} bytes")
-    return Tensor(name, dtype, tuple(shape), file, data + start, data + stop)
+def _read_shard(path: Path) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        try:
+            header = parse_header(file.read, status.st_size, path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return header, (status.st_size, status.st_mtime_ns)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (-1, -1)
+    return status.st_size, status.st_mtime_ns
+
+
+def _too_many() -> str:
+    return (
+        f"more than {MAX_TENSORS:,} tensors, or more than {MAX_NAME_BYTES:,} bytes of names: "
+        "no known model has so many"
+    )
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -209,20 +186,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         raise SourceError(f"{folder}: neither {SINGLE} nor {INDEX} is in it")
-    index = read_json(folder / INDEX)
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{folder / INDEX}: has no weight_map")
-    faults = [
-        f"{name} -> {shard!r}: a shard is a .safetensors file of this very folder"
-        for name, shard in placed.items()
-        if not isinstance(shard, str)
-        or Path(shard).name != shard
-        or not shard.endswith(".safetensors")
-        or "\\" in shard
-    ]
-    if faults:
-        raise CheckpointError(f"{folder / INDEX}: names files outside the checkpoint", faults)
+    with open_regular(folder / INDEX) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            placed = parse_index(file.read, size, folder / INDEX)
+        except OSError as error:
+            raise CheckpointError(f"{folder / INDEX}: cannot be read: {error.strerror}") from error
     if (folder / SINGLE).is_file() and SINGLE not in placed.values():
         raise CheckpointError(
             f"{folder}: holds two sets of weights, {SINGLE} and those of {INDEX}; "
@@ -231,21 +200,101 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return placed
 
 
-def _index_faults(placed: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
-    faults = [f"{name}: named in {INDEX}, stored nowhere" for name in placed if name not in tensors]
-    faults += [f"{name}: stored in {tensor.file}, not named in {INDEX}"
-               for name, tensor in tensors.items() if name not in placed]  # fmt: skip
-    faults += [
-        f"{name}: {INDEX} says {shard}, it is stored in {tensors[name].file}"
-        for name, shard in placed.items()
-        if name in tensors and tensors[name].file != shard
+def parse_index(read: Callable[[int], bytes | None], size: int, path: Path) -> dict[str, str]:
+    """Tensor name -> shard, from the `size` bytes of an index that `read` gives.
+
+    `path` is for messages. Raises CheckpointError, and nothing else.
+    """
+    if size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES:,} bytes")
+    try:
+        placed = _weight_map(Scanner(read, size))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: broken index: {error}") from error
+    if not placed:
+        raise CheckpointError(f"{path}: has no weight_map")
+    strays = {shard for shard in set(placed.values()) if not _is_shard(shard)}
+    faults = [
+        f"{name} -> {shard!r:.200}: a shard is a .safetensors file of this very folder"
+        for name, shard in islice(placed.items() if strays else (), MAX_FAULTS)
+        if shard in strays
     ]
+    if strays:
+        raise CheckpointError(f"{path}: names files outside the checkpoint", faults)
+    return placed
+
+
+def _is_shard(name: str) -> bool:
+    plain = Path(name).name == name and not {"\\", "\0"} & set(name) and len(name) < 256
+    return plain and name.endswith(".safetensors") and not name.startswith(".")
+
+
+def _weight_map(scanner: Scanner) -> dict[str, str]:
+    """The pairs of the member `weight_map`; the others are passed over."""
+    placed: dict[str, str] | None = None
+    scanner.expect(OPEN, "an object")
+    if not scanner.take(CLOSE):
+        while True:
+            if scanner.name() != "weight_map":
+                scanner.skip_value()
+            elif placed is None:
+                placed = _pairs(scanner)
+            else:
+                scanner.fail("a second weight_map")
+            if not scanner.take(COMMA):
+                break
+        scanner.expect(CLOSE, "',' or '}'")
+    scanner.end()
+    return placed or {}
+
+
+def _pairs(scanner: Scanner) -> dict[str, str]:
+    placed: dict[str, str] = {}
+    names = 0
+    scanner.expect(OPEN, "an object")
+    if scanner.take(CLOSE):
+        return placed
+    while True:
+        for found in scanner.run(_PAIRS):
+            names += _place(placed, found)
+            if names > MAX_NAME_BYTES:
+                raise ValueError(_too_many())
+        _place(placed, scanner.expect(_PAIR, "a name and the file that holds it"))
+        if not scanner.take(COMMA):
+            break
+    scanner.expect(CLOSE, "',' or '}'")
+    return placed
+
+
+def _place(placed: dict[str, str], found: re.Match[bytes]) -> int:
+    """Take in one pair; the memory that its name takes."""
+    name = _text(found[1])
+    if name in placed:
+        raise ValueError(f"{name:.200}: a name that stands twice")
+    if len(placed) >= MAX_TENSORS:
+        raise ValueError(_too_many())
+    placed[name] = sys.intern(_text(found[2]))
+    return sys.getsizeof(name)
+
+
+def _text(quoted: bytes) -> str:
+    """The text of a JSON string."""
+    if b"\\" not in quoted:
+        return quoted[1:-1].decode()
+    text: str = json.loads(quoted)
+    return text
+
+
+def _index_faults(placed: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+    faults = [
+        f"{name}: named in {INDEX}, stored nowhere"
+        for name in islice((name for name in placed if name not in tensors), MAX_FAULTS)
+    ]
+    for name, tensor in tensors.items():
+        if len(faults) >= MAX_FAULTS:
+            break
+        if name not in placed:
+            faults.append(f"{name}: stored in {tensor.file}, not named in {INDEX}")
+        elif placed[name] != tensor.file:
+            faults.append(f"{name}: {INDEX} says {placed[name]}, it is stored in {tensor.file}")
     return faults
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a name stands once."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result

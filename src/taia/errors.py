@@ -20,6 +20,7 @@ input are told together, one a line, so that the user mends them in one go.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -42,6 +43,13 @@ FAULTS_SHOWN = 20
 """How many faults a message lists before it only counts the rest."""
 
 
+FAULT_LENGTH = 2_000
+"""Characters of a fault that a message shows; names come from outside and may be long."""
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What could steer a terminal, or cannot be printed: never left in a message."""
+
+
 class TaiaError(Exception):
     """Bad input, told in full. `faults` holds each single one."""
 
@@ -49,11 +57,11 @@ class TaiaError(Exception):
 
     def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
         self.faults = tuple(faults)
-        shown = [f"  - {fault}" for fault in self.faults[:FAULTS_SHOWN]]
+        shown = [f"  - {fault[:FAULT_LENGTH]}" for fault in self.faults[:FAULTS_SHOWN]]
         hidden = len(self.faults) - len(shown)
         if hidden > 0:
             shown.append(f"  and {hidden} more")
-        super().__init__("\n".join([message, *shown]))
+        super().__init__(_printable("\n".join([message, *shown])))
 
 
 class SelectionError(TaiaError):
@@ -100,6 +108,10 @@ class VerificationError(TaiaError):
     """A checkpoint that is not what its receipt says."""
 
     exit_code = 1
+
+
+def _printable(text: str) -> str:
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:

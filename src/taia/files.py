@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.errors import CheckpointError, OutputError
+from taia.untrusted import open_regular
 
 __all__ = [
     "atomic_write",
@@ -29,8 +30,11 @@ __all__ = [
     "staged_folder",
 ]
 
-MAX_JSON_BYTES = 100 * 1024 * 1024
-"""The limit that safetensors sets on its header; no JSON file of a checkpoint is larger."""
+MAX_JSON_BYTES = 16 * 1024 * 1024
+"""The largest configuration that is read; known ones have less than 2 MB."""
+
+MAX_JSON_VALUES = 500_000
+"""The most values in one."""
 
 TOKEN_BYTES = 4
 KEPT = "old"
@@ -126,15 +130,27 @@ def check_room(out: Path, needed: int) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint. Raises CheckpointError with the file's name."""
+    """A JSON file of a model. Raises CheckpointError with the file's name.
+
+    What it may grow to in memory is bounded beforehand: every value costs a comma, a colon
+    or a bracket.
+    """
+    with open_regular(path) as file:
+        try:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, b",:[{")) > MAX_JSON_VALUES:
+        raise CheckpointError(
+            f"{path}: larger than {MAX_JSON_BYTES:,} bytes or {MAX_JSON_VALUES:,} values"
+        )
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        value = json.loads(raw.decode())
+        if b"\\u" in raw:  # half a surrogate pair can be read, and never written
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    return value
 
 
 def _swap(partial: Path, out: Path) -> None:

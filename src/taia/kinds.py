@@ -135,6 +135,9 @@ BLOCKS = re.compile(r"_(blocks|scales|bias|scale|scale_inv)$")
 """The same for a parameter that its module holds under another name (gpt-oss experts)."""
 
 
+MAX_LAYERS = 100_000
+"""Names come from outside; a layer beyond this would fill the memory with layers."""
+
 NOT_LOADED = Address(Kind.OTHER, None, None, "language")
 """The address of what a file holds and transformers does not load."""
 
@@ -183,6 +186,8 @@ def classify_all(names: Iterable[str], model_type: str) -> dict[str, Address]:
             address = held[0] if len(held) == 1 else None
         if address is None:
             faults.append(_unknown_name(name, model_type, family))
+        elif address.layer is not None and address.layer >= MAX_LAYERS:
+            faults.append(f"{name}: layer {address.layer:,}; no model has {MAX_LAYERS:,} layers")
         else:
             found[name] = address
     if faults:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from taia.adapter import WEIGHTS, Adapter
 from taia.card import model_card
-from taia.checkpoint import SINGLE
+from taia.checkpoint import SINGLE, Checkpoint
 from taia.errors import SourceError
 from taia.files import (
     atomic_write,
@@ -114,6 +114,9 @@ def execute(
         _copy_companions(planned, folder)
         atomic_write(folder / "README.md", model_card(planned, out.name))
         receipt = _receipt(planned, folder, entries)
+        for source in (planned.base, planned.tuned):
+            if isinstance(source, Checkpoint):
+                source.refuse_changed()
         receipt.write(folder)
     return receipt
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from taia.checkpoint import INDEX, Tensor
 from taia.files import atomic_write
 from taia.receipt import Entry, SourceRecord, digest_of, identity
+from taia.untrusted import refuse_stray_link
 
 __all__ = [
     "COMPANIONS",
@@ -78,6 +79,7 @@ def copy_companions(
 
     for file in sorted(source.iterdir()):
         if matches(file.name, patterns) and not matches(file.name, without) and file.is_file():
+            refuse_stray_link(file)
             shutil.copyfile(file, folder / file.name)
 
 
