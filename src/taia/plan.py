@@ -11,16 +11,19 @@ that would give the two different ones is a fault.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from taia.adapter import Adapter, read_adapter
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
+from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import MismatchError
 from taia.kinds import Address, Kind, classify_all
+from taia.layouts import align
+from taia.quantised import format_faults, is_quantised, is_text, module_faults
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 
@@ -39,6 +42,10 @@ class Origin(StrEnum):
     BLEND = "blend"
 
 
+WHOLE = {0.0: Origin.BASE, 1.0: Origin.TUNED}
+"""Where a tensor is from at the strengths that copy it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """One output tensor: its address, its strength, and so its source. `bytes` on disk."""
@@ -55,8 +62,10 @@ class Decision:
 class Plan:
     """Every decision of one splice, in the order of the output, and what forbids it.
 
-    `base` and `tuned` are the sources as they were read; `tuned` is an Adapter when its
-    delta is to be merged into the base.
+    `base` and `tuned` are the sources, brought to one layout: the same names and cuts in both,
+    which may be views of the files' bytes. `tuned` is an Adapter when its delta is to be merged
+    into the base. `notes` tell what was done beyond the selection, `config` the entries of the
+    tuned model's config.json that must change.
     """
 
     selection: Selection
@@ -64,6 +73,16 @@ class Plan:
     tuned: Checkpoint | Adapter
     decisions: tuple[Decision, ...]
     faults: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def stored(self, decision: Decision) -> Tensor:
+        """The dtype and shape of an output tensor, in the file where it belongs."""
+        tensor = self.base.tensors[decision.name]
+        if decision.source is not Origin.TUNED or isinstance(self.tuned, Adapter):
+            return tensor
+        taken = self.tuned.tensors[decision.name]
+        return dataclasses.replace(taken, file=tensor.file)
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -95,6 +114,7 @@ class Plan:
             "tensors": [_as_json(decision) for decision in self.decisions],
             "totals": self.totals,
             "faults": list(self.faults),
+            "notes": list(self.notes),
         }
 
 
@@ -125,25 +145,38 @@ def _open(source: str | Path | Source) -> Checkpoint:
 
 
 def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Plan:
-    faults: list[str] = []
     if base.model_type != tuned.model_type:
-        faults.append(f"model types differ: base {base.model_type}, tuned {tuned.model_type}")
-    elif base.config.get("quantization_config") != tuned.config.get("quantization_config"):
-        faults.append("one is quantised, or both differently; bring both to one format first")
-    faults += _name_faults(base, tuned)
-    quantised = bool(base.config.get("quantization_config"))
+        return Plan(selection, base, tuned, (), (
+            f"model types differ: base {base.model_type}, tuned {tuned.model_type}",
+        ))  # fmt: skip
+    faults = format_faults(base, tuned)
+    base, tuned, crossed = align(base, tuned)
+    base, tuned, notes = untie(base, tuned)
+    parted = bool(notes)
+    tuned, told, missing = left_over(base, tuned)
+    faults += crossed + missing
     addresses = classify_all(base.tensors, base.model_type)
     strengths, tie_faults = _strengths(base, addresses, selection)
+    if is_quantised(base):
+        faults += module_faults(base.tensors, {n: strengths[a] for n, a in addresses.items()})
     decisions = []
     for name, address in addresses.items():
-        strength, tensor = strengths[address], base.tensors[name]
-        if name in tuned.tensors:
-            faults += _tensor_faults(tensor, tuned.tensors[name], address, strength)
-        if quantised and strength not in (0, 1):
-            faults.append(f"{name}: quantised weights are taken whole, not at {strength:g}")
-        origin = {0.0: Origin.BASE, 1.0: Origin.TUNED}.get(strength, Origin.BLEND)
-        decisions.append(_decision(tensor, address, origin, strength))
-    return Plan(selection, base, tuned, tuple(decisions), tuple(faults + tie_faults))
+        tensor, other = base.tensors[name], tuned.tensors.get(name)
+        strength = strengths[address]
+        if other is None:  # transformers does not load it, or it is one of the faults
+            strength = 0.0
+        elif tensor.shape != other.shape or tensor.dtype != other.dtype or strength not in (0, 1):
+            faults += _tensor_faults(tensor, other, address, strength)
+        origin = WHOLE.get(strength, Origin.BLEND)
+        stored = other if origin is Origin.TUNED and other is not None else tensor
+        decisions.append(_decision(stored, address, origin, strength))
+    ends = {addresses[name]: name for name in addresses if addresses[name].kind in ENDS}
+    heads = [name for a, name in ends.items() if a.kind is Kind.HEAD and a.tower == "language"]
+    parted = parted or len({strengths[address] for address in ends}) > 1
+    return Plan(
+        selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
+        notes=tuple(notes + told), config=tie_setting(tuned, heads, parted=parted),
+    )  # fmt: skip
 
 
 def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Plan:
@@ -160,7 +193,7 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
         if name in lora or name in whole:
             shape = lora[name].shape if name in lora else whole[name].shape
             if strength != 0 or (shape != tensor.shape and address.kind in ENDS):
-                faults += _merge_faults(base, tensor, shape, address)
+                faults += _merge_faults(base, tensor, shape, address, strengths)
         if strength != 0 and (name in lora or name in whole):
             exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
             origin = Origin.TUNED if exact else Origin.BLEND
@@ -182,11 +215,10 @@ def _unplaced(name: str) -> str:
     return f"{name}: changed by the adapter, not stored in the base: it was made for another model"
 
 
-def _is_tied(base: Checkpoint, tensor: Tensor) -> bool:
+def _is_tied(base: Checkpoint, tensor: Tensor, addresses: Collection[Address]) -> bool:
     """Whether `tensor` is the token embedding of a base that stores no head of its own."""
-    text = base.config.get("text_config")
-    words = base.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else 0)
-    heads = [a for a in classify_all(base.tensors, base.model_type).values() if a.kind is Kind.HEAD]
+    words = base.config.get("vocab_size", text_config(base.config).get("vocab_size", 0))
+    heads = any(address.kind is Kind.HEAD for address in addresses)
     return not heads and tensor.shape[:1] == (words,)
 
 
@@ -221,24 +253,20 @@ def _strengths(
     ]
 
 
-def _name_faults(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    faults = [f"{name}: in the base, not in the tuned model"
-              for name in base.tensors if name not in tuned.tensors]  # fmt: skip
-    return faults + [
-        f"{name}: in the tuned model, not in the base"
-        for name in tuned.tensors
-        if name not in base.tensors
-    ]
-
-
 def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: float) -> list[str]:
+    """What forbids to take `strength` of a delta between tensors that are not alike."""
     faults = []
-    if base.shape != tuned.shape:
-        resized = address.kind in ENDS
+    resized = address.kind in ENDS and base.shape[1:] == tuned.shape[1:]
+    allowed = (resized and strength == 1) or (is_text(base.name) and strength in (0, 1))
+    if base.shape != tuned.shape and not allowed:
         faults.append(
             f"{base.name}: shapes differ: base {list(base.shape)}, tuned {list(tuned.shape)}"
-            + ("; the vocabulary was resized, and its new rows have no base" if resized else "")
         )
+        if resized:
+            faults[-1] += (
+                "; the vocabulary was resized, and its new rows have no base. Keep all of it, as "
+                "in 'attention + embedding + head', or resize the base's alike"
+            )
     if base.dtype != tuned.dtype:
         faults.append(
             f"{base.name}: dtypes differ: base {base.dtype}, tuned {tuned.dtype}; "
@@ -250,7 +278,11 @@ def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: floa
 
 
 def _merge_faults(
-    base: Checkpoint, tensor: Tensor, shape: tuple[int, ...], address: Address
+    base: Checkpoint,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    address: Address,
+    addresses: Collection[Address],
 ) -> list[str]:
     faults = []
     if shape != tensor.shape:
@@ -261,7 +293,7 @@ def _merge_faults(
         faults.append(
             f"{tensor.name}: a delta cannot be added to quantised weights, dtype {tensor.dtype}"
         )
-    if address.kind is Kind.EMBEDDING and _is_tied(base, tensor):
+    if address.kind is Kind.EMBEDDING and _is_tied(base, tensor, addresses):
         faults.append(
             f"{tensor.name}: input and output share this tensor, the adapter changes one of them; "
             "untie them before merging"

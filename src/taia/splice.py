@@ -12,6 +12,7 @@ weights (configuration, tokenizer, chat template) is the tuned model's.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -137,8 +138,12 @@ def _write_file(
     planned: Plan, parts: Mapping[str, Piece], folder: Path, file: str, progress: _Counter
 ) -> list[Entry]:
     """Write one shard, its tensors in the base's order, and say where each came from."""
-    tensors = [tensor for tensor in planned.base.tensors.values() if tensor.file == file]
     decisions = {decision.name: decision for decision in planned.decisions}
+    tensors = [
+        planned.stored(decisions[name])
+        for name, tensor in planned.base.tensors.items()
+        if tensor.file == file
+    ]
     header = header_of(tensors)
     entries, position = [], len(header)
     for tensor in tensors:
@@ -210,6 +215,9 @@ def _copy_companions(planned: Plan, folder: Path) -> None:
     tuned = planned.tuned.path
     if not isinstance(planned.tuned, Adapter):
         copy_companions(tuned, folder, COMPANIONS)
+        if planned.config:
+            config = {**planned.tuned.config, **planned.config}
+            atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return
     # a tokenizer is one set of files: two mixed ones would be a third
     complete = (tuned / "tokenizer_config.json").is_file() and (tuned / "tokenizer.json").is_file()

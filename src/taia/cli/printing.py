@@ -45,7 +45,10 @@ def print_plan(planned: Plan) -> None:
             table.add_section()
         sizes = [decimal(row[key]) if row[key] else "" for key in ("base", "tuned", "blend")]
         table.add_row(kind, f"{row['tensors']:,}", f"{row['parameters']:,}", *sizes)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note in planned.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_receipt(receipt: Receipt, out: Path, done: str, as_json: bool) -> None:

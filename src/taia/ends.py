@@ -1,0 +1,174 @@
+"""Embeddings and output heads of two checkpoints, and what only one of the two stores.
+
+A tied head is stored once, as the embedding. When one of two checkpoints ties and the other
+does not, the head of the first one is its embedding: it is read as a view of the same bytes, and
+the output stores both. So `tie_word_embeddings` in its config follows from what is stored.
+
+transformers does not load everything that a file may hold: buffers that a model computes
+itself, and layers behind the last one (multi-token prediction). Such a tensor may stand in
+one checkpoint alone. The base's survive; the tuned model's have no base, and are left out.
+Both are told, as notes. Any other tensor that only one of the two has is a fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from taia.checkpoint import Checkpoint, Tensor
+from taia.errors import KindError
+from taia.kinds import Address, Kind, classify
+from taia.layouts import Family, family_of, place_of
+
+__all__ = ["TIE", "left_over", "text_config", "tie_setting", "untie"]
+
+TIE = "tie_word_embeddings"
+
+BUFFERS = (
+    (re.compile(r"(^|\.)rotary_emb\.(\w+_)?inv_freq$"), 1),
+    (re.compile(r"(^|\.)rotary_emb\.(cos|sin)_cached$"), None),
+    (re.compile(r"(^|\.)\w*(attn|attention)\.bias$"), 4),
+    (re.compile(r"(^|\.)\w*(attn|attention)\.masked_bias$"), 0),
+    (re.compile(r"(^|\.)position_ids$"), 2),
+)  # fmt: skip
+"""Buffers that old releases stored and that models compute: name, dimensions (None: any).
+
+The causal mask has the name of a bias; its four dimensions tell it from one.
+"""
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+NAMED_AT_ONCE = 4
+"""Names that a note lists before it only counts."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def untie(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Both checkpoints with a stored head, if one of them has it; a note if one was added."""
+    family = family_of(base.model_type)
+    for head, embedding in family.tied:
+        found = [_stored(checkpoint, family, head) for checkpoint in (base, tuned)]
+        if (found[0] is None) == (found[1] is None):
+            continue
+        name = next(tensor.name for tensor in found if tensor is not None)
+        bare = base if found[0] is None else tuned
+        source = _stored(bare, family, embedding)
+        if source is None:
+            continue
+        added = _with_head(bare, source, name)
+        base, tuned = (added, tuned) if bare is base else (base, added)
+        side = "base" if found[0] is None else "tuned model"
+        note = f"{name}: tied in the {side}, whose head is read from {source.name}; stored here"
+        return base, tuned, [note]
+    return base, tuned, []
+
+
+def _stored(checkpoint: Checkpoint, family: Family, live: str) -> Tensor | None:
+    """The stored tensor that is loaded whole into a live one."""
+    direct = checkpoint.tensors.get(live)
+    if direct is not None:
+        return direct
+    key, leaf = family.key(live), live.rpartition(".")[2]
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith(leaf) and "layers" not in name:
+            place = place_of(name, family)
+            if place.lives == (key,) and not place.operations:
+                return tensor
+    return None
+
+
+def _with_head(checkpoint: Checkpoint, embedding: Tensor, name: str) -> Checkpoint:
+    """The checkpoint with a head that is a view of its embedding, behind it."""
+    tensors: dict[str, Tensor] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        tensors[stored] = tensor
+        if stored == embedding.name:
+            tensors[name] = dataclasses.replace(embedding, name=name)
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def tie_setting(tuned: Checkpoint, heads: Iterable[str], *, parted: bool) -> dict[str, Any]:
+    """What must change in the tuned model's config, so that it says what the output stores.
+
+    heads: the stored heads of the language model. parted: a head was added to one side, or
+    head and embedding are not kept alike.
+    """
+    if not parted or not any(heads) or not family_of(tuned.model_type).tied:
+        return {}
+    config = tuned.config
+    text = config.get("text_config")
+    change: dict[str, Any] = {}
+    if config.get(TIE) is not False:
+        change[TIE] = False
+    if isinstance(text, dict) and text.get(TIE) is not False:
+        change["text_config"] = {**text, TIE: False}
+    return change
+
+
+def left_over(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, list[str], list[str]]:
+    """The tuned checkpoint without what the base lacks, notes, and faults.
+
+    A note stands for tensors that transformers does not load, a fault for any other.
+    """
+    only_base = [name for name in base.tensors if name not in tuned.tensors]
+    only_tuned = [name for name in tuned.tensors if name not in base.tensors]
+    if not only_base and not only_tuned:
+        return tuned, [], []
+    family, notes, faults = family_of(base.model_type), [], []
+    for checkpoint, names, what in (
+        (base, only_base, "only in the base, kept from it"),
+        (tuned, only_tuned, "only in the tuned model, left out"),
+    ):
+        silent = _not_loaded(checkpoint, names, family)
+        if silent:
+            listed = ", ".join(silent[:NAMED_AT_ONCE])
+            more = f" and {len(silent) - NAMED_AT_ONCE:,} more" if silent[NAMED_AT_ONCE:] else ""
+            notes.append(f"{listed}{more}: {what}; transformers does not load such tensors")
+        side = "in the base, not in the tuned model"
+        if checkpoint is tuned:
+            side = "in the tuned model, not in the base"
+        faults += [f"{name}: {side}" for name in names if name not in set(silent)]
+    if only_tuned:
+        kept = {name: tensor for name, tensor in tuned.tensors.items() if name in base.tensors}
+        tuned = dataclasses.replace(tuned, tensors=kept)
+    return tuned, notes, faults
+
+
+def _not_loaded(checkpoint: Checkpoint, names: list[str], family: Family) -> list[str]:
+    """Those of `names` that transformers passes over when it loads the checkpoint."""
+    config = text_config(checkpoint.config)
+    depth = next((config[key] for key in DEPTHS if isinstance(config.get(key), int)), None)
+    found = []
+    for name in names:
+        if _is_buffer(checkpoint.tensors[name]):
+            found.append(name)
+            continue
+        try:
+            address = classify(name, checkpoint.model_type)
+        except KindError:  # nothing is known about it, so it is not passed over
+            continue
+        if _is_extra(name, address, family, depth):
+            found.append(name)
+    return found
+
+
+def _is_buffer(tensor: Tensor) -> bool:
+    return any(
+        pattern.search(tensor.name) and dimensions in (None, len(tensor.shape))
+        for pattern, dimensions in BUFFERS
+    )
+
+
+def _is_extra(name: str, address: Address, family: Family, depth: int | None) -> bool:
+    """Whether a tensor is in a layer behind the last one, or is ignored by its family."""
+    layer = address.layer if address.tower == "language" else None
+    if layer is not None and depth is not None and layer >= depth:
+        return True
+    unplaced = address.kind is Kind.OTHER and address.layer is None
+    return unplaced and any(pattern.search(name) for pattern in family.ignored)

@@ -1,0 +1,119 @@
+"""Tied and untied heads, resized vocabularies: what is stored, and what the config says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from layout_tools import tensors, write
+from transformers import AutoModelForCausalLM
+
+import taia
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def tied_and_untied(pair):
+    """(tied base, tied tuned, untied base, untied tuned) of one Llama."""
+    return (*pair("llama"), *pair("llama", tie_word_embeddings=False))
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 15)[None]).logits
+
+
+def config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+KEEPS = ["all", "none", "attention", "attention + head", "embedding + ffn*0.5"]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_tied_base_and_an_untied_tuned_model(tied_and_untied, tmp_path, keep):
+    base, _, _, tuned = tied_and_untied
+    check(base, tuned, tmp_path, keep)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_an_untied_base_and_a_tied_tuned_model(tied_and_untied, tmp_path, keep):
+    _, tuned, base, _ = tied_and_untied
+    check(base, tuned, tmp_path, keep)
+
+
+def check(base: Path, tuned: Path, tmp_path: Path, keep: str) -> None:
+    """The output is what comes of two models that both store the head; its config says so."""
+    untied = []
+    for name, folder in (("base", base), ("tuned", tuned)):
+        state = tensors(folder)
+        state.setdefault(HEAD, state[EMBEDDING])
+        untied.append(write(tmp_path / name, state, folder, tie_word_embeddings=False))
+    taia.splice(base, tuned, tmp_path / "out", keep=keep)
+    taia.verify(tmp_path / "out")
+    taia.splice(*untied, tmp_path / "alike", keep=keep)
+    out, alike = tensors(tmp_path / "out"), tensors(tmp_path / "alike")
+    assert out.keys() == alike.keys()
+    assert all(torch.equal(out[name], alike[name]) for name in out)
+    assert config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "alike"))
+    whole = {"all": tuned, "none": base}.get(keep)
+    if whole:
+        assert torch.equal(logits(tmp_path / "out"), logits(whole))
+    assert "tied in the" in taia.plan(base, tuned, keep).notes[0]
+
+
+def test_the_config_of_an_alike_pair_is_not_touched(pair, tmp_path):
+    for tie in (True, False):
+        base, tuned = pair("llama", tie_word_embeddings=tie)
+        taia.splice(base, tuned, tmp_path / f"{tie}", keep="all - embedding - head")
+        written = (tmp_path / f"{tie}" / "config.json").read_bytes()
+        assert written == (tuned / "config.json").read_bytes()
+
+
+def test_heads_stored_under_a_config_that_ties_them_are_untied(pair, tmp_path):
+    base, tuned = pair("llama")
+    both = []
+    for name, folder in (("base", base), ("tuned", tuned)):
+        state = tensors(folder)
+        both.append(write(tmp_path / name, {**state, HEAD: state[EMBEDDING]}, folder))
+    taia.splice(*both, tmp_path / "alike", keep="attention")
+    assert config(tmp_path / "alike")["tie_word_embeddings"] is True
+    taia.splice(*both, tmp_path / "parted", keep="attention + head")
+    assert config(tmp_path / "parted")["tie_word_embeddings"] is False
+    out = tensors(tmp_path / "parted")
+    assert torch.equal(out[HEAD], tensors(tuned)[EMBEDDING])
+    assert torch.equal(out[EMBEDDING], tensors(base)[EMBEDDING])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_resized_vocabulary_is_kept_whole_or_not_at_all(pair, tmp_path, tie):
+    base, _ = pair("llama", tie_word_embeddings=tie)
+    _, tuned = pair("llama", vocab_size=70, tie_word_embeddings=tie)
+    for keep in ("attention", "all*0.5", "attention + embedding*0.5 + head*0.5"):
+        with pytest.raises(taia.TaiaError, match="the vocabulary was resized"):
+            taia.splice(base, tuned, tmp_path / "refused", keep=keep)
+    taia.splice(base, tuned, tmp_path / "out", keep="attention + embedding + head")
+    taia.verify(tmp_path / "out")
+    out, old, new = (tensors(folder) for folder in (tmp_path / "out", base, tuned))
+    for name, tensor in out.items():
+        whole = "self_attn" in name or name in (EMBEDDING, HEAD)
+        assert torch.equal(tensor, (new if whole else old)[name]), name
+    assert config(tmp_path / "out")["vocab_size"] == 70
+    assert logits(tmp_path / "out").shape[-1] == 70
+    if not tie:
+        with pytest.raises(taia.TaiaError, match=r"lm_head.weight: shapes differ"):
+            taia.splice(base, tuned, tmp_path / "refused", keep="attention + embedding")
+
+
+def test_a_width_that_differs_is_no_resized_vocabulary(pair, tmp_path):
+    base, _ = pair("llama")
+    _, tuned = pair("llama", hidden_size=16)
+    with pytest.raises(taia.TaiaError) as caught:
+        taia.plan(base, tuned, "all").refuse_faults()
+    assert "resized" not in str(caught.value)
+    assert f"{EMBEDDING}: shapes differ" in str(caught.value)

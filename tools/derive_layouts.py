@@ -1,0 +1,131 @@
+"""Derive src/taia/layouts.json: how transformers renames and stacks what a file holds.
+
+    python tools/derive_layouts.py            write the table, print what was done
+    python tools/derive_layouts.py --check    compare with the shipped table; 1 if it differs
+
+transformers loads the files of many families through rules: a pattern of names, what takes
+its place, and for stacked experts or fused projections the operations that join or cut the
+tensors. The rules that a model is loaded with depend on its parts, so every model type is built on
+the meta device and asked. Rules of a kind that only transformers can carry out (they count,
+or depend on what was seen before) are left out, and names that need them are not aligned.
+
+The table also has, of each family, the attribute of its base model, the expressions for what
+it does not load, and the weights that it ties: output head -> embedding, by live names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kind_configs import build, model_types
+
+TABLE = Path(__file__).parents[1] / "src" / "taia" / "layouts.json"
+NAMES = {"MergeModulelist": "stack", "Concatenate": "concatenate", "Chunk": "chunk"}
+"""The operations that move whole byte ranges; each is told with its dimension."""
+
+Rule = dict[str, Any]
+
+
+def derive(types: Iterable[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Rules and ties of each model type, and for those that failed the reason."""
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for model_type in types:
+        try:
+            model = build(model_type)
+        except Exception as error:  # whatever a foreign constructor raises is a reason
+            failed[model_type] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        found[model_type] = layout_of(model)
+    return found, failed
+
+
+def layout_of(model: Any) -> dict[str, Any]:
+    """The rules in the order in which transformers applies them, and what is tied."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(model)
+    plain = {WeightRenaming, PrefixChange}
+    return {
+        "renamings": [_rule(rule) for rule in rules if type(rule) in plain],
+        "converters": [
+            _rule(rule) | {"operations": [_operation(op) for op in rule.operations]}
+            for rule in rules
+            if isinstance(rule, WeightConverter)
+        ],
+        "prefix": model.base_model_prefix,
+        "ignored": sorted(model._keys_to_ignore_on_load_unexpected or []),
+        "tied": _tied(model),
+    }
+
+
+def _rule(rule: Any) -> Rule:
+    found: Rule = {"find": rule.compiled_sources.pattern, "to": list(rule.target_patterns)}
+    if rule.scope_prefix is not None:
+        scope = f"{rule.scope_prefix}." if rule.scope_prefix else ""
+        base = f"{rule.base_model_prefix}." if rule.base_model_prefix else ""
+        found["scopes"] = list(dict.fromkeys([base + scope, scope]))
+    return found
+
+
+def _operation(operation: Any) -> str:
+    """Its name and dimension ("stack 0"); the bare class name where bytes would be moved."""
+    name = type(operation).__name__
+    extra = getattr(operation, "num_shards_attribute", None)
+    return f"{NAMES[name]} {operation.dim}" if name in NAMES and extra is None else name
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Live name of the head's weight -> live name of the embedding's, whether tied or not.
+
+    Nothing for a family that ties other weights as well: one setting unties all of them.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    if head not in names or embedding not in names:
+        return {}
+    pair = {f"{names[head]}.weight": f"{names[embedding]}.weight"}
+    return pair if model._tied_weights_keys == pair else {}
+
+
+def to_json(found: dict[str, dict[str, Any]], version: str) -> str:
+    """The file: equal layouts stored once."""
+    stored: list[dict[str, Any]] = []
+    models = {}
+    for model_type, layout in sorted(found.items()):
+        if layout not in stored:
+            stored.append(layout)
+        models[model_type] = stored.index(layout)
+    lines = [json.dumps(layout, sort_keys=True) for layout in stored]
+    head = json.dumps({"transformers": version, "models": models}, indent=1)[:-2]
+    return f'{head},\n "layouts": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def main() -> int:
+    """Write or check the table."""
+    import transformers
+
+    parser = argparse.ArgumentParser(description="Derive src/taia/layouts.json")
+    parser.add_argument("--check", action="store_true", help="compare with the shipped table")
+    options = parser.parse_args()
+    found, failed = derive(model_types())
+    text = to_json(found, transformers.__version__)
+    rules = sum(len(layout["renamings"]) + len(layout["converters"]) for layout in found.values())
+    print(f"model types done      {len(found)}, with {rules} rules")
+    print(f"model types failed    {len(failed)}: {', '.join(sorted(failed))}")
+    if options.check:
+        same = TABLE.read_text(encoding="utf-8") == text
+        print("the shipped table is the derived one" if same else "the shipped table differs")
+        return 0 if same else 1
+    TABLE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
