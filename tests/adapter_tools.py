@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 SETTINGS = {
@@ -36,8 +36,14 @@ def save_adapter(base: Path, out: Path, seed: int = 3, **settings: object) -> Pa
     """A LoRA adapter with random factors on every linear layer of a saved model."""
     model = AutoModelForCausalLM.from_pretrained(base)
     fan = {"fan_in_fan_out": True} if model.config.model_type == "gpt2" else {}
-    fields = {"target_modules": linear_names(model)} | fan | settings
-    peft = get_peft_model(model, LoraConfig(**fields))
+    return save_peft(
+        base, out, LoraConfig(**{"target_modules": linear_names(model)} | fan | settings), seed
+    )
+
+
+def save_peft(base: Path, out: Path, config: PeftConfig, seed: int = 3) -> Path:
+    """An adapter of any method with random tensors, on a saved model."""
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():

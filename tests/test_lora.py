@@ -18,8 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, "type LOHA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"peft_type": "LOHA"}, "lora_alpha=8: not a setting of LoHa"),
+        ({"peft_type": "OFT"}, "type OFT: it turns"),
+        ({"target_parameters": ["q_proj.weight", "q_proj.extra"]}, "names 2 of it"),
         ({"init_lora_weights": "pissa"}, "changed the base"),
     ],
 )

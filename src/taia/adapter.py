@@ -1,38 +1,33 @@
-"""PEFT LoRA adapters as what they are: deltas, one a module, in factored form.
+"""PEFT adapters as what they are: deltas, one a weight, in a small form.
 
-A LoRA module holds A (rank x in) and B (out x rank); its delta is `scale * B @ A`, with
-scale = alpha / rank, or alpha / sqrt(rank) under rsLoRA (Hu et al. 2021, arXiv 2106.09685;
-Kalajdzievski 2023, arXiv 2312.03732), where alpha may differ by module. DoRA rescales the
-rows of base + delta to trained magnitudes (Liu et al. 2024, arXiv 2402.09353), so its delta
-needs the base weight. Beside factors an adapter can hold whole tensors: biases,
-`modules_to_save`, saved embeddings.
+An adapter folder holds a configuration and tensors that belong to modules of a base model.
+What a module's tensors do to its weights is the matter of one class a method: `lora.py`,
+`stacked.py`, `low_rank.py`, `vectors.py`, all of the form of `changes.py`. Beside those an
+adapter can hold whole tensors: biases, `modules_to_save`, saved embeddings.
 
 Only headers are read here, weights when a delta is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taia.checkpoint import Tensor, read_header
+from taia.changes import PREFIX, Change, Shapes
+from taia.checkpoint import FLOATS, Tensor, read_header
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
 from taia.files import read_json
 from taia.kinds import Address, classify_all, classify_by_agreement
-from taia.lora import (
-    CONV1D_NAMES,
-    CONV1D_TYPES,
-    LoraModule,
-    LoraSettings,
-    make_module,
-    module_fault,
-    refuse_other_methods,
-    sorted_tensors,
-)
+from taia.lora import LORA_PARTS, LoraModule, lora_changes
+from taia.low_rank import LOHA_PARTS, LOKR_PARTS, low_rank_changes
+from taia.peft_config import METHODS, Settings, read_settings
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+from taia.stacked import NESTED, stacked_changes, targeted
+from taia.vectors import IA3_PARTS, ROWS, ia3_changes, token_rows
 
 if TYPE_CHECKING:
     from taia.arrays import Array
@@ -50,80 +45,58 @@ WEIGHTS = "adapter_model.safetensors"
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What families call their number of layers in config.json."""
 
+PARTS = {"LORA": LORA_PARTS, "LOHA": LOHA_PARTS, "LOKR": LOKR_PARTS, "IA3": IA3_PARTS}
+MARKS = re.compile(r"(^|\.)(lora_|hada_|lokr_|ia3_)")
+TRAINING_ONLY = ".lora_velora_embed"
+MAKERS: dict[str, Any] = {
+    "LORA": lora_changes, "LOHA": low_rank_changes, "LOKR": low_rank_changes, "IA3": ia3_changes,
+}  # fmt: skip
+"""By method: the names of a module's tensors, and what makes changes of them. MARKS are what
+the names of all their tensors have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter folder: its configuration, LoRA modules, and whole tensors by weight name."""
+    """An adapter folder: its configuration, its changes, and whole tensors, by weight name."""
 
     text: str
     path: Path
     config: Mapping[str, Any]
-    settings: LoraSettings
-    modules: Mapping[str, LoraModule]
+    settings: Settings
+    modules: Mapping[str, Change]
     whole: Mapping[str, Tensor]
 
-    def of(self, model_type: str | None) -> Adapter:
-        """The adapter on a model of one type, which tells the orientation of its weights.
+    @property
+    def method(self) -> str:
+        """How the method is written: LoRA, LoHa, LoKr or IA3."""
+        return METHODS[self.settings.peft_type]
 
-        PEFT stores one `fan_in_fan_out` for all modules, whatever each of them is.
+    def of(self, model_type: str | None, shapes: Shapes | None = None) -> Adapter:
+        """The adapter on a base of one type, whose weights have `shapes`, where known.
+
+        This settles what the adapter does not tell: the orientation of a weight, and whether
+        a layer has a bias to multiply.
         """
-        if model_type is None:
-            return self
-        modules = {
-            name: replace(
-                module,
-                transposed=model_type in CONV1D_TYPES
-                and name.rpartition(".")[2] in CONV1D_NAMES
-                and not module.embedding,
-            )
-            for name, module in self.modules.items()
-        }
-        return replace(self, modules=modules)
+        bound = {name: change.on(model_type, shapes) for name, change in self.modules.items()}
+        return replace(self, modules={n: c for n, c in bound.items() if c is not None})
 
     def factors(self, module: LoraModule) -> tuple[Array, Array]:
         """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
-        from taia.arrays import read_array, widen  # numpy only when weights are read
+        return module.factors(self.path)
 
-        return (
-            widen(read_array(self.path, module.a)),
-            widen(read_array(self.path, module.b)),
-        )
+    def tuned_weight(self, module: Change, base: Array, strength: float) -> Array:
+        """The weight of a change with `strength` of it, in float32, in the shape of `base`.
 
-    def tuned_weight(self, module: LoraModule, base: Array, strength: float) -> Array:
-        """The weight of a module with `strength` of its delta, in float32, in the shape of `base`.
-
-        Raises CheckpointError if the delta does not have the shape of `base`.
+        Raises CheckpointError if the change does not have the shape of `base`.
         """
-        import numpy as np
-
-        from taia.arrays import read_array, widen
-
-        if base.shape != module.shape:
-            raise CheckpointError(
-                f"{module.weight}: the adapter changes a weight of shape {list(module.shape)}, "
-                f"the base has {list(base.shape)}"
-            )
-        a, b = self.factors(module)
-        wide = widen(base)
-        product = np.float32(module.scale) * (b @ a)
-        if module.embedding or module.transposed:
-            product = product.T
-        if module.magnitude is None:
-            tuned: Array = wide + np.float32(strength) * product
-            return tuned
-        rows = (wide + product).T if module.transposed else wide + product
-        magnitude = widen(read_array(self.path, module.magnitude)).reshape(-1, 1)
-        rescaled = magnitude / np.linalg.norm(rows, axis=1, keepdims=True) * rows
-        full = rescaled.T if module.transposed else rescaled
-        blended: Array = wide + np.float32(strength) * (full - wide)
-        return blended
+        return module.tuned(self.path, base, strength)
 
 
 def read_adapter(source: str | Path | Source) -> Adapter:
     """Open a PEFT adapter folder.
 
-    Raises SourceError for another kind of adapter or one that only has pickles, and
-    CheckpointError for a broken file or a tensor that no rule of LoRA explains.
+    Raises SourceError for a method or setting that is not read here and for an adapter that
+    only has pickles, CheckpointError for a broken file or a tensor that no rule explains.
     """
     found = resolve(source)
     if found.form is not Form.ADAPTER:
@@ -131,22 +104,94 @@ def read_adapter(source: str | Path | Source) -> Adapter:
     config = read_json(found.path / "adapter_config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{found.path / 'adapter_config.json'}: not a JSON object")
-    refuse_other_methods(found.path, config)
-    settings = LoraSettings.read(found.path / "adapter_config.json", config)
+    settings = read_settings(found.path / "adapter_config.json", config)
     _require_weights(found.path)
-    parts, whole, faults = sorted_tensors(read_header(found.path / WEIGHTS))
-    modules = {}
-    for name, of_module in parts.items():
-        fault = module_fault(name, of_module)
-        if fault:
-            faults.append(fault)
-        else:
-            modules[name] = make_module(name, of_module, settings)
+    parts, whole, faults = _sorted_tensors(read_header(found.path / WEIGHTS), settings)
+    changes, more = _changes(parts, settings)
+    modules = {change.weight: change for change in changes}
+    faults += more
+    if not faults and len(modules) < len(changes):
+        faults = ["two of its modules change one weight"]
     if not faults and not modules and not whole:
         faults = ["holds no tensors"]
     if faults:
         raise CheckpointError(f"{found.path / WEIGHTS}: not a readable adapter", faults)
     return Adapter(found.text, found.path, config, settings, modules, whole)
+
+
+_NOTHING = Tensor("", "F32", (), "", 0, 0)
+
+
+def _sorted_tensors(
+    stored: Mapping[str, Tensor], settings: Settings
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Tensors by module and part, whole tensors by weight name, and a fault for anything else."""
+    method = METHODS[settings.peft_type]
+    known = re.compile(rf"^(?P<module>.+?)\.(?P<part>{PARTS[settings.peft_type]})$")
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    faults: list[str] = []
+    for key, tensor in stored.items():
+        name = key.removeprefix(PREFIX)
+        match = known.match(name)
+        if tensor.dtype not in FLOATS:
+            faults.append(f"{key}: a delta of dtype {tensor.dtype}")
+        elif not key.startswith(PREFIX) or _is_unknown(name, match is not None):
+            faults.append(f"{key}: not a tensor of a {method} adapter")
+        elif match is not None:
+            parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
+        elif name.endswith(TRAINING_ONLY):
+            continue
+        elif name.endswith(ROWS):
+            parts[name] = {"rows": tensor}
+        elif ".original_module." not in name:  # the base's own, saved along with a copy
+            plain = re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)
+            if plain in whole:
+                faults.append(f"{key}: stands for {plain}, as {whole[plain].name} does")
+            whole[plain] = tensor
+    return parts, whole, faults + _doubled(parts, whole)
+
+
+def _is_unknown(name: str, matched: bool) -> bool:
+    """Whether a name has the marks of an adapter's tensor and is none that is known."""
+    return not matched and bool(MARKS.search(name)) and not name.endswith(TRAINING_ONLY)
+
+
+def _doubled(parts: Mapping[str, Mapping[str, Tensor]], whole: dict[str, Tensor]) -> list[str]:
+    """Drop the base weights saved along with factors; the fault of any other whole weight."""
+    faults = []
+    for module in parts:  # beside its factors, a target's weight is the base's, saved along
+        if whole.get(f"{module}.weight", _NOTHING).name.endswith(".base_layer.weight"):
+            del whole[f"{module}.weight"]
+        elif f"{module}.weight" in whole:
+            faults.append(f"{module}: has factors and a whole weight")
+    return faults
+
+
+def _changes(
+    parts: Mapping[str, Mapping[str, Tensor]], settings: Settings
+) -> tuple[list[Change], list[str]]:
+    """What the tensors of all modules change, and what is wrong with them."""
+    changes: list[Change] = []
+    faults: list[str] = []
+    stacks: dict[str, dict[int, Mapping[str, Tensor]]] = {}
+
+    def take(made: tuple[Sequence[Change], str | None]) -> None:
+        changes.extend(made[0])
+        faults.extend([made[1]] if made[1] else [])
+
+    for name, of_module in parts.items():
+        plain = re.sub(rf"({re.escape(NESTED)})+$", "", name)
+        if name.endswith(ROWS):
+            take(token_rows(name.removesuffix(ROWS), of_module["rows"], settings))
+        elif targeted(plain, settings):
+            depth = (len(name) - len(plain)) // len(NESTED)
+            stacks.setdefault(plain, {})[depth] = of_module
+        else:
+            take(MAKERS[settings.peft_type](name, of_module, settings))
+    for name, wrappers in stacks.items():
+        take(stacked_changes(name, wrappers, settings))
+    return changes, faults
 
 
 def _require_weights(folder: Path) -> None:
@@ -210,7 +255,7 @@ def addresses_of(adapter: Adapter, model_type: str | None) -> dict[str, Address]
     Without a model type a name counts if every architecture that has it agrees on it.
     Raises KindError for a name that this does not settle.
     """
-    names = [module.weight for module in adapter.modules.values()] + list(adapter.whole)
+    names = [*adapter.modules, *adapter.whole]
     if model_type is None:
         return {name: classify_by_agreement(name) for name in names}
     return classify_all(names, model_type)
@@ -221,11 +266,14 @@ def kept_strengths(
     addresses: Mapping[str, Address],
     selection: Selection,
     layers: int | None = None,
+    *,
+    divided: bool = False,
 ) -> dict[str, float]:
     """The strength of every changed weight, by name, where the adapter stays an adapter.
 
     Raises SelectionError for a term without a match, and MismatchError where DoRA or a whole
     tensor would have a strength other than 0 and 1: neither scales like a product of factors.
+    With `divided` only whole tensors are held to that: the caller has the base weights.
     """
     if layers is None and selection.needs_depth:
         raise SelectionError(
@@ -237,11 +285,13 @@ def kept_strengths(
     except SelectionError as error:
         raise SelectionError(f"{adapter.text}: {error.args[0]}") from None
     strengths = {name: by_address[address] for name, address in addresses.items()}
-    dora = {m.weight for m in adapter.modules.values() if m.magnitude is not None}
+    undivided = {
+        name: change.divisible for name, change in adapter.modules.items() if not divided
+    } | dict.fromkeys(adapter.whole, "a whole tensor")
     faults = [
-        f"{name}: {'DoRA' if name in dora else 'a whole tensor'} at strength {strength:g}"
+        f"{name}: {undivided[name]} at strength {strength:g}"
         for name, strength in strengths.items()
-        if strength not in (0, 1) and (name in dora or name in adapter.whole)
+        if strength not in (0, 1) and undivided.get(name)
     ]
     if faults:
         raise MismatchError(

@@ -6,28 +6,30 @@
     with live.using("all*0.5"):
         model(...)
 
-PEFT puts the factors beside the weights; a selection then sets the scale of each module, or
-switches the module off at strength 0, where it computes its base layer and nothing else. No
+PEFT puts the adapter's tensors beside the weights; a selection then sets a switch at each
+module (`switches.py`), which at strength 0 computes its base layer and nothing else. No
 weight is written and none is copied, except for biases that the adapter replaces: both of
 their states are kept. Outside of `using` the model is the base model; `close` gives it back
 its own modules.
 
-Limits: whole tensors (`modules_to_save`, biases) and DoRA are on or off. Blocks of `using`
-may nest, not interleave.
+Limits: whole tensors (`modules_to_save`, biases) are on or off. Blocks of `using` may nest,
+not interleave.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.adapter import Adapter, addresses_of, kept_strengths, read_adapter
 from taia.errors import MismatchError, TaiaError
+from taia.lora import LoraBias
 from taia.selection import Selection
 from taia.sources import Source
+from taia.switches import Switch, find_switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,16 +39,20 @@ __all__ = ["Live", "attach"]
 NAME = "taia"
 """The name under which PEFT knows the attached adapter."""
 
+MARKS = ("lora_", "hada_", "lokr_", "ia3_l", "trainable_tokens_delta")
+"""What the parameters of adapters are called."""
+
 
 def attach(model: PreTrainedModel, adapter: str | Path | Source | Adapter) -> Live:
-    """Put a LoRA adapter on a transformers model, switched off.
+    """Put an adapter on a transformers model, switched off.
 
     `model` stays the object to call. Raises a TaiaError, and leaves the model as it is, for
     an adapter that cannot be read or was made for another model.
     """
     opened = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-    opened = opened.of(model.config.model_type)
-    _refuse_misfit(model, opened)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    opened = opened.of(model.config.model_type, shapes.get)
+    _refuse_misfit(model, opened, shapes)
     return Live(model, opened)
 
 
@@ -65,13 +71,12 @@ class Live:
         biases = [name for name in adapter.whole if name.endswith(".bias")]
         base = {name: model.get_parameter(name).detach().clone() for name in biases}
         try:
-            self._modules, self._wrappers = _inject(model, adapter)
+            self._switches, self._wrappers = _inject(model, adapter)
         except BaseException:
             self._before.restore(model)
             _write_biases(model, base)
             raise
         self._before.restore_flags()
-        self._scales = {name: layer.scaling[NAME] for name, layer in self._modules.items()}
         self._biases_base = base
         self._biases_tuned = {name: _bias(model, name).detach().clone() for name in biases}
         self._off = dict.fromkeys(self._addresses, 0.0)
@@ -90,7 +95,9 @@ class Live:
         selection = Selection.parse(keep)
         strengths = self._off
         if selection.terms:
-            strengths = kept_strengths(self._adapter, self._addresses, selection, self._depth)
+            strengths = kept_strengths(
+                self._adapter, self._addresses, selection, self._depth, divided=True
+            )
             self._refuse_halves(strengths)
         before = self._current
         self._apply(strengths)
@@ -109,10 +116,8 @@ class Live:
 
     def _apply(self, strengths: dict[str, float]) -> None:
         # PEFT's public switches also move requires_grad, so its flags are set directly
-        for name, layer in self._modules.items():
-            strength = strengths[f"{name}.weight"]
-            layer.scaling[NAME] = self._scales[name] * strength
-            layer._disable_adapters = strength == 0
+        for weight, switch in self._switches.items():
+            switch.set(strengths[weight])
         for name, wrapper in self._wrappers.items():
             wrapper._disable_adapters = not any(strengths[w] for w in self._within(name))
         chosen = {n: self._biases_tuned if strengths[n] else self._biases_base
@@ -164,8 +169,8 @@ class _Before:
         self.restore_flags()
 
 
-def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """LoRA modules and wrapped whole modules by name, exactly those that the file holds."""
+def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Switch], dict[str, Any]]:
+    """Switches by weight and wrapped whole modules by name, exactly those that the file holds."""
     from peft import PeftModel
 
     try:
@@ -179,36 +184,31 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any
             f"{str(error).splitlines()[0]}"
         ) from error
     peft.eval()
-    modules, wrappers = _switches(model)
+    switches, wrappers = find_switches(model, NAME)
+    switched = {
+        change.weight for change in adapter.modules.values() if not change.weight.endswith(".bias")
+    }
     faults = [f"{name}: in the file, not a target of the configuration"
-              for name in adapter.modules if name not in modules]  # fmt: skip
+              for name in switched if name not in switches]  # fmt: skip
     faults += [f"{name}: a target of the configuration, not in the file"
-               for name in modules if name not in adapter.modules]  # fmt: skip
+               for name in switches if name not in switched]  # fmt: skip
     if faults:
         raise MismatchError(f"{adapter.text}: its configuration and weights disagree", faults)
-    return modules, wrappers
+    return switches, wrappers
 
 
-def _switches(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    layers, wrappers = {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            layers[name] = module
-        elif isinstance(module, ModulesToSaveWrapper):
-            wrappers[name] = module
-    return layers, wrappers
-
-
-def _refuse_misfit(model: PreTrainedModel, adapter: Adapter) -> None:
+def _refuse_misfit(
+    model: PreTrainedModel, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """PEFT drops what it cannot place without a word; here everything must have its place."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected: dict[str, tuple[int, ...]] = {m.weight: m.shape for m in adapter.modules.values()}
+    expected = {
+        name: change.shape
+        for name, change in adapter.modules.items()
+        if not isinstance(change, LoraBias)  # it acts on the output, bias or no bias
+    }
     expected |= {name: tensor.shape for name, tensor in adapter.whole.items()}
     faults = []
-    if any(".lora_A." in name for name in shapes):
+    if any(f".{mark}" in name for name in shapes for mark in MARKS):
         faults.append("the model carries an adapter already; merge it or take it off first")
     for name, shape in expected.items():
         if name not in shapes:

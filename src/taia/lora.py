@@ -1,96 +1,40 @@
-"""What PEFT stores of LoRA: its settings, and the tensors of each module.
+"""LoRA and DoRA modules: the delta as a product of two factors.
 
-Everything in an adapter comes from outside: the types of its settings are checked, every
-tensor must be explained, and settings under which the delta is another than
-`scale * B @ A` are refused by name.
+A module holds A (rank x in) and B (out x rank); its delta is `scale * B @ A`, with
+scale = alpha / rank, or alpha / sqrt(rank) under rsLoRA (Hu et al. 2021, arXiv 2106.09685;
+Kalajdzievski 2023, arXiv 2312.03732). DoRA rescales the rows of base + delta to trained
+magnitudes (Liu et al. 2024, arXiv 2402.09353), so its delta needs the base weight, and a
+strength between 0 and 1 is taken of the whole delta: base + strength * (tuned - base).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from taia.checkpoint import FLOATS, Tensor
-from taia.errors import CheckpointError, SourceError
+from taia.changes import Shapes, Sliced, refuse_shape, scaled, stored
+from taia.checkpoint import Tensor
+from taia.peft_config import Settings
 
-__all__ = [
-    "CONV1D_NAMES",
-    "CONV1D_TYPES",
-    "PREFIX",
-    "LoraModule",
-    "LoraSettings",
-    "make_module",
-    "module_fault",
-    "refuse_other_methods",
-    "sorted_tensors",
-]
+if TYPE_CHECKING:
+    from taia.arrays import Array
 
-PREFIX = "base_model.model."
+__all__ = ["LORA_PARTS", "LoraBias", "LoraModule", "lora_changes"]
 
-FACTOR = re.compile(
-    r"^(?P<module>.+?)\."
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
-)
-PARTS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
-         "lora_magnitude_vector": "magnitude"}  # fmt: skip
-
-OTHER_DELTAS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-    "use_qalora", "velora_config",
-)  # fmt: skip
-"""Settings of LoRA under which `scale * B @ A` is not the delta."""
-
-MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that also change the base weights; PEFT can convert them when saving."""
-
+LORA_PARTS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|" \
+             r"lora_magnitude_vector(?:\.weight)?"  # fmt: skip
+"""What PEFT calls the tensors of a module, as a pattern."""
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 """Where transformers keeps a linear weight as (in, out): its Conv1D."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """The fields of adapter_config.json that are read here, as PEFT writes them."""
-
-    lora_alpha: float = 8
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    alpha_pattern: dict[str, float] | None = None
-    rank_pattern: dict[str, int] | None = None
-    target_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    base_model_name_or_path: str | None = None
-
-    @classmethod
-    def read(cls, path: Path, config: Mapping[str, Any]) -> LoraSettings:
-        """Check the types of the fields. Raises CheckpointError with every fault."""
-        from pydantic import TypeAdapter, ValidationError
-
-        known = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-        try:
-            settings = TypeAdapter(cls).validate_python(known)
-        except ValidationError as error:
-            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise CheckpointError(f"{path}: not a LoRA configuration", faults) from error
-        alphas = {"lora_alpha": settings.lora_alpha, **(settings.alpha_pattern or {})}
-        faults = [f"alpha of {k}: {a} is no finite number" for k, a in alphas.items()
-                  if not math.isfinite(a)]  # fmt: skip
-        for pattern in settings.alpha_pattern or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                faults.append(f"alpha_pattern: {pattern!r} is no regular expression: {error}")
-        if faults:
-            raise CheckpointError(f"{path}: not a LoRA configuration", faults)
-        return settings
+def is_conv1d(module: str, model_type: str) -> bool:
+    """Whether a module of an architecture is transformers' Conv1D."""
+    return model_type in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,103 +60,155 @@ class LoraModule:
         return f"{self.name}.weight"
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The shape of the weight that the delta belongs to."""
         if self.embedding:
             return self.a.shape[1], self.b.shape[0]
         out, into = self.b.shape[0], self.a.shape[1]
         return (into, out) if self.transposed else (out, into)
 
+    @property
+    def divisible(self) -> str | None:
+        """DoRA is kept whole or not at all; a product takes any strength."""
+        return None if self.magnitude is None else "DoRA"
 
-_NOTHING = Tensor("", "F32", (), "", 0, 0)
+    def on(self, model_type: str | None, shapes: Shapes | None) -> LoraModule:  # noqa: ARG002
+        """With the orientation of the architecture.
+
+        PEFT stores one `fan_in_fan_out` for all modules, whatever each of them is.
+        """
+        if model_type is None or self.embedding:
+            return self
+        return replace(self, transposed=is_conv1d(self.name, model_type))
+
+    def factors(self, folder: Path) -> tuple[Array, Array]:
+        """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
+        from taia.arrays import read_array, widen  # numpy only when weights are read
+
+        return widen(read_array(folder, self.a)), widen(read_array(folder, self.b))
+
+    def tuned(self, folder: Path, base: Array, strength: float) -> Array:
+        """The weight with `strength` of its delta, in the shape of `base`."""
+        import numpy as np
+
+        from taia.arrays import read_array, widen
+
+        refuse_shape(self.weight, self.shape, base.shape)
+        a, b = self.factors(folder)
+        wide = widen(base)
+        product = np.float32(self.scale) * (b @ a)
+        flip = self.embedding or self.transposed
+        if flip:
+            product = product.T
+        if self.magnitude is None:
+            summed: Array = wide + np.float32(strength) * product
+            return summed
+        rows = (wide + product).T if flip else wide + product
+        magnitude = widen(read_array(folder, self.magnitude)).reshape(-1, 1)
+        rescaled = magnitude / np.linalg.norm(rows, axis=1, keepdims=True) * rows
+        full: Array = rescaled.T if flip else rescaled
+        if strength == 1:
+            return full
+        blended: Array = wide + np.float32(strength) * (full - wide)
+        return blended
+
+    def sliced(self, folder: Path, strength: float, rank: int) -> Sliced:
+        """A and B padded with zeros to `rank`, scale and strength multiplied into B."""
+        import numpy as np
+
+        a, b = self.factors(folder)
+        missing = rank - self.rank
+        described, raw = stored(folder, self.a)
+        if missing:
+            described, raw = scaled(self.a, np.pad(a, ((0, missing), (0, 0))), 1.0)
+        kept = {self.a.name: (described, raw)}
+        padded = np.pad(b, ((0, 0), (0, missing)))
+        kept[self.b.name] = scaled(self.b, padded, self.scale * strength)
+        if self.magnitude is not None:
+            kept[self.magnitude.name] = stored(folder, self.magnitude)
+        return kept
 
 
-def sorted_tensors(
-    stored: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """Factors by module and part, whole tensors by weight name, and a fault for anything else."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    faults: list[str] = []
-    for key, tensor in stored.items():
-        name = key.removeprefix(PREFIX)
-        match = FACTOR.match(name)
-        if tensor.dtype not in FLOATS:
-            faults.append(f"{key}: a delta of dtype {tensor.dtype}")
-        elif not key.startswith(PREFIX) or (match is None and "lora_" in name):
-            faults.append(f"{key}: not a tensor of a LoRA adapter that is known here")
-        elif match is not None:
-            parts.setdefault(match["module"], {})[match["part"]] = tensor
-        elif ".original_module." not in name:  # the base's own, saved along with a copy
-            plain = re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)
-            if plain in whole:
-                faults.append(f"{key}: stands for {plain}, as {whole[plain].name} does")
-            whole[plain] = tensor
-    for module in parts:  # beside its factors, a target's weight is the base's, saved along
-        if whole.get(f"{module}.weight", _NOTHING).name.endswith(".base_layer.weight"):
-            del whole[f"{module}.weight"]
-        elif f"{module}.weight" in whole:
-            faults.append(f"{module}: has factors and a whole weight")
-    return parts, whole, faults
+@dataclass(frozen=True, slots=True)
+class LoraBias:
+    """The bias of a B factor (`lora_bias`): the module's bias changes by scale * bias."""
+
+    name: str
+    bias: Tensor
+    scale: float
+    divisible: None = None
+
+    @property
+    def weight(self) -> str:
+        """The bias of the module."""
+        return f"{self.name}.bias"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One number an output."""
+        return self.bias.shape
+
+    def on(self, model_type: str | None, shapes: Shapes | None) -> LoraBias:  # noqa: ARG002
+        """The same on every base."""
+        return self
+
+    def tuned(self, folder: Path, base: Array, strength: float) -> Array:
+        """The bias with `strength` of its delta."""
+        import numpy as np
+
+        from taia.arrays import read_array, widen
+
+        refuse_shape(self.weight, self.shape, base.shape)
+        delta = np.float32(self.scale) * widen(read_array(folder, self.bias))
+        summed: Array = widen(base) + np.float32(strength) * delta
+        return summed
+
+    def sliced(self, folder: Path, strength: float, rank: int) -> Sliced:  # noqa: ARG002
+        """The bias, scale and strength multiplied into it."""
+        from taia.arrays import read_array, widen
+
+        values = widen(read_array(folder, self.bias))
+        return {self.bias.name: scaled(self.bias, values, self.scale * strength)}
 
 
-def refuse_other_methods(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise SourceError where the delta is not `scale * B @ A` over the base's own weights."""
-    method = config.get("peft_type")
-    if method != "LORA":
-        raise SourceError(f"{path}: an adapter of type {method}; LoRA and DoRA are known here")
-    active = [setting for setting in OTHER_DELTAS if config.get(setting)]
-    if active:
-        raise SourceError(
-            f"{path}: its setting {', '.join(active)} makes its delta another than scale * B @ A, "
-            "which is not supported. Merge it with PEFT's merge_and_unload and use the checkpoint"
-        )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MUTATING_INITS):
-        raise SourceError(
-            f"{path}: init_lora_weights={start!r} also changed the base weights, so its factors "
-            "are not the delta from the base; convert it with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
+def lora_changes(
+    name: str, parts: Mapping[str, Tensor], settings: Settings
+) -> tuple[list[LoraModule | LoraBias], str | None]:
+    """What the tensors of one module change, or what is wrong with them.
 
-
-def module_fault(name: str, parts: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the tensors of one module; None where they are factors of a delta."""
-    roles = {PARTS[part] for part in parts}
-    if not {"a", "b"} <= roles:
-        return f"{name}: has {', '.join(sorted(parts))} but not both factors"
+    `parts` are the tensors by the last parts of their names, without `.weight`.
+    """
+    fault = _fault(name, parts)
+    if fault:
+        return [], fault
     embedding = "lora_embedding_A" in parts
     a = parts["lora_embedding_A" if embedding else "lora_A"]
-    b = parts.get("lora_embedding_B" if embedding else "lora_B")
-    if b is None or len(a.shape) != 2 or len(b.shape) != 2 or not 0 < a.shape[0] == b.shape[1]:
-        shapes = f"{list(a.shape)} and {list(b.shape) if b else 'nothing'}"
-        return f"{name}: factors of shapes {shapes} have no product"
-    magnitude = parts.get("lora_magnitude_vector")
-    if magnitude is not None and (embedding or magnitude.parameters != b.shape[0]):
-        return f"{name}: a magnitude of shape {list(magnitude.shape)} for {b.shape[0]} rows"
-    return None
-
-
-def make_module(name: str, parts: Mapping[str, Tensor], settings: LoraSettings) -> LoraModule:
-    """A module without fault, with its scale."""
-    embedding = "lora_embedding_A" in parts
-    a = parts["lora_embedding_A" if embedding else "lora_A"]
-    return LoraModule(
+    module = LoraModule(
         name=name,
         a=a,
         b=parts["lora_embedding_B" if embedding else "lora_B"],
         magnitude=parts.get("lora_magnitude_vector"),
-        scale=_scale(name, a.shape[0], settings),
+        scale=settings.scale(name, a.shape[0]),
         transposed=settings.fan_in_fan_out and not embedding,
         embedding=embedding,
     )
+    bias = parts.get("lora_B.bias")
+    return [module, *([LoraBias(name, bias, module.scale)] if bias else [])], None
 
 
-def _scale(module: str, rank: int, settings: LoraSettings) -> float:
-    """Alpha / rank, or alpha / sqrt(rank) under rsLoRA; patterns match as PEFT matches them."""
-    patterns = settings.alpha_pattern or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
-        settings.lora_alpha,
-    )
-    return alpha / (math.sqrt(rank) if settings.use_rslora else rank)
+def _fault(name: str, parts: Mapping[str, Tensor]) -> str | None:
+    embedding = "lora_embedding_A" in parts
+    a = parts.get("lora_embedding_A" if embedding else "lora_A")
+    b = parts.get("lora_embedding_B" if embedding else "lora_B")
+    if a is None or b is None:
+        return f"{name}: has {', '.join(sorted(parts))} but not both factors"
+    if embedding and "lora_A" in parts:
+        return f"{name}: has the factors of an embedding and of a linear layer"
+    if len(a.shape) != 2 or len(b.shape) != 2 or not 0 < a.shape[0] == b.shape[1]:
+        return f"{name}: factors of shapes {list(a.shape)} and {list(b.shape)} have no product"
+    magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
+    if magnitude is not None and magnitude.parameters != b.shape[0]:
+        return f"{name}: a magnitude of shape {list(magnitude.shape)} for {b.shape[0]} rows"
+    if bias is not None and bias.shape != b.shape[:1]:
+        return f"{name}: a bias of shape {list(bias.shape)} for {b.shape[0]} rows"
+    return None

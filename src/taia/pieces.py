@@ -15,9 +15,9 @@ from io import FileIO
 from pathlib import Path
 
 from taia.adapter import Adapter
+from taia.changes import Change
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError
-from taia.lora import LoraModule
 from taia.plan import Decision, Origin, Plan, stored_name
 from taia.writing import write_all
 
@@ -67,12 +67,12 @@ class Blend:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """base + strength * the delta of a LoRA module."""
+    """base + strength * the delta of one change of an adapter."""
 
     folder: Path
     base: Tensor
     adapter: Adapter
-    module: LoraModule
+    module: Change
     strength: float
 
     def chunks(self) -> Iterator[bytes]:
@@ -102,9 +102,7 @@ def pieces(plan: Plan) -> dict[str, Piece]:
     }
 
 
-def _piece(
-    plan: Plan, decision: Decision, module: LoraModule | None, tuned: Tensor | None
-) -> Piece:
+def _piece(plan: Plan, decision: Decision, module: Change | None, tuned: Tensor | None) -> Piece:
     base = plan.base.tensors[decision.name]
     if decision.source is Origin.BASE:
         return Copy(plan.base.path, base)

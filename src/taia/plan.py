@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.adapter import Adapter, read_adapter
+from taia.changes import Shapes
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import MismatchError
@@ -26,8 +27,9 @@ from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+from taia.vectors import TokenRows
 
-__all__ = ["Decision", "Origin", "Plan", "plan"]
+__all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name"]
 
 
 ENDS = (Kind.EMBEDDING, Kind.HEAD)
@@ -130,7 +132,8 @@ def plan(
     first = _open(base)
     found = resolve(tuned)
     if found.form is Form.ADAPTER:
-        return _plan_merge(first, read_adapter(found).of(first.model_type), selection)
+        adapter = read_adapter(found).of(first.model_type, shapes_of(first))
+        return _plan_merge(first, adapter, selection)
     return _plan_pair(first, _open(found), selection)
 
 
@@ -193,7 +196,9 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
         if name in lora or name in whole:
             shape = lora[name].shape if name in lora else whole[name].shape
             if strength != 0 or (shape != tensor.shape and address.kind in ENDS):
-                faults += _merge_faults(base, tensor, shape, address, strengths)
+                tied = not isinstance(lora.get(name), TokenRows)  # those change both ends
+                tied = tied and _is_tied(base, tensor, strengths)
+                faults += _merge_faults(base, tensor, shape, address, tied=tied)
         if strength != 0 and (name in lora or name in whole):
             exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
             origin = Origin.TUNED if exact else Origin.BLEND
@@ -212,6 +217,8 @@ def _unplaced(name: str) -> str:
     """The fault of a changed weight that the base does not store."""
     if name.rpartition(".")[0].endswith(("lm_head", "embed_out")):
         return f"{name}: the base's head is tied to its embedding; untie it before merging"
+    if name.endswith(".bias"):
+        return f"{name}: changed by the adapter, and the base has no such bias; slice or attach it"
     return f"{name}: changed by the adapter, not stored in the base: it was made for another model"
 
 
@@ -229,6 +236,16 @@ def stored_name(base: Checkpoint, name: str) -> str:
     _, _, rest = name.partition(".")
     candidates = [rest, *(f"{first}.{name}" for first in ("model", "transformer", "gpt_neox"))]
     return next((candidate for candidate in candidates if candidate in base.tensors), name)
+
+
+def shapes_of(base: Checkpoint) -> Shapes:
+    """The shape under which `base` stores a weight, by the name that an adapter gives it."""
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        tensor = base.tensors.get(stored_name(base, name))
+        return None if tensor is None else tensor.shape
+
+    return shape
 
 
 def _strengths(
@@ -278,11 +295,7 @@ def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: floa
 
 
 def _merge_faults(
-    base: Checkpoint,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    address: Address,
-    addresses: Collection[Address],
+    base: Checkpoint, tensor: Tensor, shape: tuple[int, ...], address: Address, *, tied: bool
 ) -> list[str]:
     faults = []
     if shape != tensor.shape:
@@ -293,7 +306,7 @@ def _merge_faults(
         faults.append(
             f"{tensor.name}: a delta cannot be added to quantised weights, dtype {tensor.dtype}"
         )
-    if address.kind is Kind.EMBEDDING and _is_tied(base, tensor, addresses):
+    if address.kind is Kind.EMBEDDING and tied:
         faults.append(
             f"{tensor.name}: input and output share this tensor, the adapter changes one of them; "
             "untie them before merging"

@@ -14,7 +14,8 @@ between, merge into a checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,18 @@ from taia.adapter import (
     read_adapter,
 )
 from taia.card import card
-from taia.checkpoint import Checkpoint, Tensor, open_checkpoint
+from taia.changes import Change, Shapes, Sliced, stored
+from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
 from taia.kinds import Address
-from taia.lora import LoraModule
-from taia.plan import Origin, stored_name
+from taia.lora import LoraBias, LoraModule
+from taia.plan import Origin, shapes_of
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+from taia.stacked import StackedModule
+from taia.vectors import Ia3Vector, TokenRows
 from taia.writing import (
     TOKENIZER_FILES,
     copy_companions,
@@ -71,7 +75,7 @@ def slice_adapter(
     refuse_existing(destination, overwrite=overwrite)
     whole = read_adapter(adapter)
     refuse_overlap(destination, whole.path, *([resolve(base).path] if base else []))
-    addresses, strengths = _decided(whole, selection, base)
+    whole, addresses, strengths = _decided(whole, selection, base)
     kept = _kept_tensors(whole, strengths)
     with staged_folder(destination, overwrite=overwrite) as folder:
         entries = _write_weights(folder, kept)
@@ -86,7 +90,7 @@ def slice_adapter(
             base=resolve(base).text if base else named,
             tuned=whole.text,
             selection=str(selection),
-            body=_body(addresses, strengths),
+            body=_body(whole, addresses, strengths),
         )
         atomic_write(folder / "README.md", text)
         receipt = _receipt(folder, whole, base, selection, entries)
@@ -96,117 +100,145 @@ def slice_adapter(
 
 def sliced_tensors(
     adapter: Adapter, keep: str | Selection, base: str | Path | Source | None = None
-) -> dict[str, tuple[Tensor, bytes]]:
+) -> Sliced:
     """What a slice holds: key -> the tensor as it is written, and its bytes."""
-    _, strengths = _decided(adapter, Selection.parse(keep), base)
+    adapter, _, strengths = _decided(adapter, Selection.parse(keep), base)
     return _kept_tensors(adapter, strengths)
 
 
 def _decided(
     adapter: Adapter, selection: Selection, base: str | Path | Source | None
-) -> tuple[dict[str, Address], dict[str, float]]:
-    """Addresses and strengths of the weights that the adapter changes, by name."""
+) -> tuple[Adapter, dict[str, Address], dict[str, float]]:
+    """The adapter on its base; addresses and strengths of the weights that it changes, by name."""
     model_type, layers = architecture_of(adapter, base)
+    adapter = adapter.of(model_type)
     if base is not None and resolve(base).form is Form.CHECKPOINT:
-        _refuse_misfit(adapter.of(model_type), open_checkpoint(base))
+        checkpoint = open_checkpoint(base)
+        shapes = shapes_of(checkpoint)
+        adapter = adapter.of(model_type, shapes)
+        _refuse_misfit(adapter, checkpoint, shapes)
     addresses = addresses_of(adapter, model_type)
     strengths = kept_strengths(adapter, addresses, selection, layers)
-    if not any(strengths[module.weight] for module in adapter.modules.values()):
+    if not any(strengths[weight] for weight in adapter.modules):
         kinds = ", ".join(sorted({address.kind.value for address in addresses.values()}))
         raise MismatchError(
-            f"{adapter.text}: '{selection}' keeps no LoRA module of it; it changes {kinds}. "
-            "Nothing kept is the base model, without an adapter; whole tensors alone need --merge"
+            f"{adapter.text}: '{selection}' keeps no {adapter.method} module of it; it changes "
+            f"{kinds}. Nothing kept is the base model, without an adapter; whole tensors alone "
+            "need --merge"
         )
-    return addresses, strengths
+    return adapter, addresses, strengths
 
 
-def _refuse_misfit(adapter: Adapter, base: Checkpoint) -> None:
+def _refuse_misfit(adapter: Adapter, base: Checkpoint, shapes: Shapes) -> None:
     """Raise MismatchError for an adapter whose weights do not have the shapes of the base's."""
-    changed: dict[str, tuple[int, ...]] = {
-        module.weight: module.shape for module in adapter.modules.values()
-    }
+    changed = {name: change.shape for name, change in adapter.modules.items()}
     changed |= {name: tensor.shape for name, tensor in adapter.whole.items()}
-    places = {name: base.tensors.get(stored_name(base, name)) for name in changed}
+    places = {name: shapes(name) for name in changed}
     faults = [
-        f"{name}: the base has {list(place.shape)}, the adapter {list(changed[name])}"
+        f"{name}: the base has {list(place)}, the adapter {list(changed[name])}"
         for name, place in places.items()
-        if place is not None and place.shape != changed[name]
+        if place is not None and place != changed[name]
     ]
-    if not any(places.values()):
+    if not any(place is not None for place in places.values()):
         faults.append("the base stores none of the weights that the adapter changes")
     if faults:
         raise MismatchError(f"{adapter.text}: was made for another model than {base.text}", faults)
 
 
-def _kept_tensors(
-    adapter: Adapter, strengths: Mapping[str, float]
-) -> dict[str, tuple[Tensor, bytes]]:
+def _kept_tensors(adapter: Adapter, strengths: Mapping[str, float]) -> Sliced:
     """Key -> the tensor as it will be written and its bytes, for everything that is kept.
 
-    A is padded with zero rows and B with zero columns to the largest rank kept.
+    LoRA factors are padded with zeros to the largest rank kept.
     """
-    import numpy as np
-
-    from taia.arrays import encode
-
-    modules = [m for m in adapter.modules.values() if strengths[m.weight] != 0]
-    rank = max((module.rank for module in modules), default=0)
-    kept: dict[str, tuple[Tensor, bytes]] = {}
-    for module in modules:
-        a, b = adapter.factors(module)
-        missing = rank - module.rank
-        scaled = b * b.dtype.type(module.scale * strengths[module.weight])
-        for tensor, values in (
-            (module.a, np.pad(a, ((0, missing), (0, 0)))),
-            (module.b, np.pad(scaled, ((0, 0), (0, missing)))),
-        ):
-            raw = encode(values, tensor.dtype)
-            kept[tensor.name] = (
-                Tensor(tensor.name, tensor.dtype, values.shape, WEIGHTS, 0, len(raw)),
-                raw,
-            )
-        if module.magnitude is not None:
-            kept[module.magnitude.name] = _as_stored(adapter, module.magnitude)
+    changes = [change for weight, change in adapter.modules.items() if strengths[weight] != 0]
+    rank = _rank(changes)
+    kept: Sliced = {}
+    depths: dict[str, int] = {}  # PEFT nests the wrappers of a module's parameters
+    for change in changes:
+        strength = strengths[change.weight]
+        if isinstance(change, StackedModule):  # told from the outermost wrapper inwards
+            depth = depths[change.name] = depths.get(change.name, -1) + 1
+            kept |= change.nested(adapter.path, strength, rank, depth)
+        else:
+            kept |= change.sliced(adapter.path, strength, rank)
     for name, tensor in adapter.whole.items():
         if strengths[name] != 0:
-            kept[tensor.name] = _as_stored(adapter, tensor)
+            kept[tensor.name] = stored(adapter.path, tensor)
     return kept
 
 
+def _rank(changes: Iterable[Change]) -> int:
+    return max((c.rank for c in changes if isinstance(c, LoraModule | StackedModule)), default=1)
+
+
 def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[str, Any]:
-    """The configuration of the sliced adapter: alpha = rank, no patterns, only what is kept."""
-    modules = [m for m in adapter.modules.values() if strengths[m.weight] != 0]
-    rank = max((module.rank for module in modules), default=1)
+    """The configuration of the sliced adapter: only what is kept, no narrowing, no dropout.
+
+    Of LoRA also alpha = rank and no patterns. LoHa and LoKr keep rank and alpha, from which
+    PEFT derives the shapes of their factors; their strength is in the tensors.
+    """
+    changes = [change for weight, change in adapter.modules.items() if strengths[weight] != 0]
     whole = [name for name in adapter.whole if strengths[name] != 0]
-    biases = [name for name in whole if name.endswith(".bias")]
-    targets = _targets(adapter, modules)
-    return dict(adapter.config) | {
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    dropouts = ("lora_dropout", "rank_dropout", "module_dropout")
+    targets = _targets(adapter, changes)
+    config = dict(adapter.config) | {
+        "inference_mode": True,
+        "modules_to_save": _modules_to_save(adapter, whole),
+        "target_modules": targets,
+    }
+    config |= {key: None for key in narrowing if key in config}
+    config |= {key: 0.0 for key in dropouts if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):  # PEFT warns of one that matches nothing
+        patterns = config.get(key) or {}
+        if patterns:
+            config[key] = {p: value for p, value in patterns.items() if _matches(p, changes)}
+    if adapter.settings.peft_type == "LORA":
+        config |= _lora_config(adapter, changes, whole)
+    if adapter.settings.peft_type == "IA3":  # PEFT wants these to be targets themselves
+        inputs = {c.name for c in changes if isinstance(c, Ia3Vector) and c.inputs}
+        config["feedforward_modules"] = [
+            name for name in targets
+            if any(module == name or module.endswith(f".{name}") for module in inputs)
+        ]  # fmt: skip
+    return config
+
+
+def _matches(pattern: str, changes: Iterable[Change]) -> bool:
+    return any(re.match(rf"(.*\.)?({pattern})$", change.name) for change in changes)
+
+
+def _lora_config(adapter: Adapter, changes: list[Change], whole: list[str]) -> dict[str, Any]:
+    rank = _rank(changes)
+    biases = any(name.endswith(".bias") for name in whole)
+    rows = {c.name: list(c.tokens) for c in changes if isinstance(c, TokenRows)}
+    return {
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "inference_mode": True,
         "bias": adapter.settings.bias if biases else "none",
-        "modules_to_save": _modules_to_save(adapter, whole),
-        "target_modules": targets,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
+        "lora_bias": any(isinstance(change, LoraBias) for change in changes),
+        "use_dora": any(isinstance(c, LoraModule) and c.magnitude is not None for c in changes),
+        "target_parameters": sorted(c.weight for c in changes if isinstance(c, StackedModule))
+        or None,
+        "trainable_token_indices": rows or None,
+        "velora_config": None,
     }
 
 
-def _targets(adapter: Adapter, modules: list[LoraModule]) -> list[str]:
+def _targets(adapter: Adapter, changes: list[Change]) -> list[str]:
     """Names that PEFT resolves to the kept modules and to no others.
 
     Last parts of names (`q_proj`) where the adapter was made by them and every module of
     that name is kept; the whole names of the modules otherwise.
     """
-    kept = {module.name for module in modules}
+    by_name = [c for c in adapter.modules.values() if not isinstance(c, StackedModule | TokenRows)]
+    kept = {change.name for change in changes if change in by_name}
     shorts = {name.rpartition(".")[2] for name in kept}
-    lost = {name.rpartition(".")[2] for name in adapter.modules if name not in kept}
+    lost = {change.name.rpartition(".")[2] for change in by_name if change.name not in kept}
     before = adapter.settings.target_modules
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
     plain = isinstance(before, list) and not any(adapter.config.get(key) for key in narrowing)
@@ -227,13 +259,7 @@ def _modules_to_save(adapter: Adapter, whole: list[str]) -> list[str] | None:
     return sorted(saved) or None
 
 
-def _as_stored(adapter: Adapter, tensor: Tensor) -> tuple[Tensor, bytes]:
-    with (adapter.path / tensor.file).open("rb") as file:
-        file.seek(tensor.start)
-        return tensor, file.read(tensor.bytes)
-
-
-def _write_weights(folder: Path, kept: Mapping[str, tuple[Tensor, bytes]]) -> list[Entry]:
+def _write_weights(folder: Path, kept: Sliced) -> list[Entry]:
     """Write the kept tensors; B is computed, so an entry names no byte range of its source."""
     header = header_of(tensor for tensor, _ in kept.values())
     entries, position = [], len(header)
@@ -248,7 +274,9 @@ def _write_weights(folder: Path, kept: Mapping[str, tuple[Tensor, bytes]]) -> li
     return entries
 
 
-def _body(addresses: Mapping[str, Address], strengths: Mapping[str, float]) -> str:
+def _body(
+    adapter: Adapter, addresses: Mapping[str, Address], strengths: Mapping[str, float]
+) -> str:
     kept: dict[str, int] = {}
     dropped: dict[str, int] = {}
     for name, address in addresses.items():
@@ -259,7 +287,9 @@ def _body(addresses: Mapping[str, Address], strengths: Mapping[str, float]) -> s
         for kind in sorted(kept.keys() | dropped.keys())
     ]
     head = ["| kind | modules kept | modules dropped |", "|---|---:|---:|"]
-    note = "Scales are part of the weights: alpha equals the rank."
+    note = f"A {adapter.method} adapter for PEFT; its strengths are part of the tensors."
+    if adapter.settings.peft_type == "LORA":
+        note = "Scales are part of the weights: alpha equals the rank."
     return "\n".join([*head, *rows, "", note])
 
 

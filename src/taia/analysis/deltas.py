@@ -25,11 +25,13 @@ import numpy as np
 
 from taia.adapter import Adapter, addresses_of, architecture_of, read_adapter
 from taia.arrays import CHUNK, Array, read_array, widen
+from taia.changes import Change
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.errors import MismatchError, SourceError
 from taia.files import atomic_write
 from taia.kinds import Address, classify_all
 from taia.lora import LoraModule
+from taia.plan import shapes_of
 from taia.sources import Form, Source, resolve
 
 __all__ = ["DeltaNorm", "delta_norms", "factored_norm", "write_deltas"]
@@ -92,6 +94,7 @@ def factored_norm(a: Array, b: Array, scale: float) -> float:
 def _adapter_pieces(adapter: Adapter, base: Source) -> Iterator[_Piece]:
     checkpoint = open_checkpoint(base) if base.form is Form.CHECKPOINT else None
     model_type, _ = architecture_of(adapter, base)
+    adapter = adapter.of(model_type, None if checkpoint is None else shapes_of(checkpoint))
     addresses = addresses_of(adapter, model_type)
     _check_belongs(adapter, addresses, checkpoint, base)
     for module in adapter.modules.values():
@@ -109,9 +112,9 @@ def _adapter_pieces(adapter: Adapter, base: Source) -> Iterator[_Piece]:
 
 
 def _module_square(
-    adapter: Adapter, module: LoraModule, checkpoint: Checkpoint | None, weight: Tensor | None
+    adapter: Adapter, module: Change, checkpoint: Checkpoint | None, weight: Tensor | None
 ) -> float:
-    if module.magnitude is None:
+    if isinstance(module, LoraModule) and module.magnitude is None:
         return factored_norm(*adapter.factors(module), module.scale)
     assert checkpoint is not None
     assert weight is not None
@@ -126,20 +129,22 @@ def _check_belongs(
     base: Source,
 ) -> None:
     """Refuse an adapter of another model, and what needs base weights where there are none."""
-    needy = [module.weight for module in adapter.modules.values() if module.magnitude is not None]
-    needy += list(adapter.whole)
+    needy = [
+        name for name, change in adapter.modules.items()
+        if not isinstance(change, LoraModule) or change.magnitude is not None
+    ] + list(adapter.whole)  # fmt: skip
     if checkpoint is None:
         if needy:
             raise SourceError(
-                f"{base.text}: DoRA and whole tensors are measured against the base weights; "
-                "give the base as a folder of safetensors",
+                f"{base.text}: only LoRA is measured by itself; DoRA, whole tensors and other "
+                "methods against the base weights; give the base as a folder of safetensors",
                 needy,
             )
         return
     faults = []
     for name in addresses:
         stored = checkpoint.tensors.get(name)
-        module = adapter.modules.get(name.removesuffix(".weight"))
+        module = adapter.modules.get(name)
         shape = module.shape if module else adapter.whole[name].shape
         if stored is None and module is not None:
             faults.append(f"{name}: not in the base")

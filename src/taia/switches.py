@@ -1,0 +1,136 @@
+"""One switch a module of a live model: how much of an adapter it computes.
+
+PEFT keeps what an adapter needs in layers of its own; each kind of layer is set to a strength
+in another way, always exactly: a linear delta through its scale, DoRA through a blend of its
+output with the base layer's (both are linear in the input), IA3 and token rows through the
+small tensors that they are. At strength 0 a layer computes its base and nothing else.
+
+PEFT's public switches also move `requires_grad`, so its flags are set directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from taia.stacked import NESTED
+
+__all__ = ["Switch", "find_switches"]
+
+
+class Switch(Protocol):
+    """Sets how much of its delta a module computes."""
+
+    def set(self, strength: float) -> None:
+        """0 is the base, 1 the tuned module."""
+
+
+@dataclass(slots=True)
+class _Scaled:
+    """LoRA, LoHa, LoKr: a delta behind a scale."""
+
+    layer: Any
+    adapter: str
+    scale: float
+
+    def set(self, strength: float) -> None:
+        self.layer.scaling[self.adapter] = self.scale * strength
+        self.layer._disable_adapters = strength == 0
+
+
+@dataclass(slots=True)
+class _Variant:
+    """DoRA and its like: the variant computes the tuned output, this one what lies between."""
+
+    layer: Any
+    variant: Any
+    strength: float = 1.0
+
+    def set(self, strength: float) -> None:
+        self.strength = strength
+        self.layer._disable_adapters = strength == 0
+
+    def forward(self, module: Any, active_adapter: str, x: Any, result: Any, **options: Any) -> Any:
+        full = self.variant.forward(
+            module, active_adapter=active_adapter, x=x, result=result, **options
+        )
+        return full if self.strength == 1 else result + self.strength * (full - result)
+
+
+@dataclass(slots=True)
+class _Ia3:
+    """IA3: the vector, or 1 + strength * (vector - 1)."""
+
+    layer: Any
+    parameter: Any
+    trained: Any
+
+    def set(self, strength: float) -> None:
+        vector = self.trained
+        if strength not in (0, 1):
+            wide = vector.float()
+            vector = (1 + strength * (wide - 1)).to(vector.dtype)
+        self.parameter.data.copy_(vector)
+        self.layer._disable_adapters = strength == 0
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of tokens: an embedding's wrapper, and those of the layers tied to it."""
+
+    wrappers: list[Any]
+    parameter: Any
+    base: Any
+    trained: Any
+
+    def set(self, strength: float) -> None:
+        rows = self.trained
+        if strength not in (0, 1):
+            wide = self.base.float()
+            rows = (wide + strength * (rows.float() - wide)).to(rows.dtype)
+        self.parameter.data.copy_(rows)
+        for wrapper in self.wrappers:
+            wrapper._disable_adapters = strength == 0
+            wrapper.token_adapter._disable_adapters = strength == 0
+
+
+def find_switches(model: Any, adapter: str) -> tuple[dict[str, Switch], dict[str, Any]]:
+    """The switches of an adapter by the name of the weight, and `modules_to_save` by module."""
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import TrainableTokensWrapper
+
+    switches: dict[str, Switch] = {}
+    wrappers, tokens = {}, {}
+    for name, module in model.named_modules():
+        plain = name
+        while plain.endswith(NESTED):  # the wrappers of a module's parameters
+            plain = plain.removesuffix(NESTED)
+        weight = f"{plain}.{getattr(module, 'parameter_name', 'weight')}"
+        if isinstance(module, LoraLayer) and adapter in module.lora_variant:
+            switch = _Variant(module, module.lora_variant[adapter])
+            module.lora_variant[adapter] = switches[weight] = switch
+        elif isinstance(module, LoraLayer | LycorisLayer):
+            switches[weight] = _Scaled(module, adapter, module.scaling[adapter])
+        elif isinstance(module, IA3Layer):
+            vector = module.ia3_l[adapter]
+            switches[weight] = _Ia3(module, vector, vector.detach().clone())
+        elif isinstance(module, TrainableTokensWrapper):
+            tokens[weight] = module
+        elif isinstance(module, ModulesToSaveWrapper):
+            wrappers[name] = module
+    tied = [w for w in tokens.values() if w.token_adapter.tied_adapter]
+    for weight, wrapper in tokens.items():
+        if wrapper not in tied:
+            switches[weight] = _rows(wrapper, adapter, tied)
+    return switches, wrappers
+
+
+def _rows(wrapper: Any, adapter: str, tied: list[Any]) -> _Rows:
+    layer = wrapper.token_adapter
+    parameter = layer.trainable_tokens_delta[adapter]
+    base = layer.base_layer.weight[layer.token_indices[adapter]].detach().clone()
+    with_it = [other for other in tied if other.token_adapter.tied_adapter is layer]
+    return _Rows([wrapper, *with_it], parameter, base, parameter.detach().clone())
