@@ -197,7 +197,7 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
             shape = lora[name].shape if name in lora else whole[name].shape
             if strength != 0 or (shape != tensor.shape and address.kind in ENDS):
                 tied = not isinstance(lora.get(name), TokenRows)  # those change both ends
-                tied = tied and _is_tied(base, tensor, strengths)
+                tied = tied and _is_tied(base, tensor, addresses.values())
                 faults += _merge_faults(base, tensor, shape, address, tied=tied)
         if strength != 0 and (name in lora or name in whole):
             exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
