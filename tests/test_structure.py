@@ -32,10 +32,10 @@ FLOORS = [
     {"switches", "vectors", "ends"},
     {"lora", "stacked", "low_rank", "layouts", "quantised"},
     {"changes", "peft_config"},
-    {"writing", "receipt", "arrays"},
+    {"writing", "receipt", "arrays", "hashing", "ties"},
     {"selection"},
     {"kinds", "checkpoint"},
-    {"sources", "files", "header"},
+    {"sources", "files", "header", "compare"},
     {"untrusted", "json_stream"},
     {"errors"},
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -120,3 +121,129 @@ def test_an_output_that_keeps_nothing_new(pair, tmp_path):
     assert "the output is the base model" in found(tmp_path / "out")
     taia.splice(base, tmp_path / "same", tmp_path / "none", keep="none")
     taia.verify(tmp_path / "none")
+
+
+def test_an_edited_receipt_is_found_whatever_was_edited(spliced):
+    path = spliced[2] / "taia.json"
+    text = path.read_text()
+    path.write_text(text.replace(str(spliced[0]), str(spliced[0].parent / "another"), 1))
+    assert "edited after it was written" in found(spliced[2])
+    path.write_text(text + "\n")
+    assert "edited after it was written" in found(spliced[2])
+    path.write_text(text)
+    taia.verify(spliced[2])
+
+
+def test_receipts_of_format_1_with_sha256_still_verify(spliced):
+    """What taia wrote before receipts named an algorithm and held a digest of themselves."""
+    import hashlib
+
+    out = spliced[2]
+    raw = (out / "model.safetensors").read_bytes()
+    receipt = json.loads((out / "taia.json").read_text())
+    del receipt["content"], receipt["algorithm"]
+    receipt["format"] = 1
+    for entry in receipt["tensors"]:
+        entry["digest"] = hashlib.sha256(raw[entry["start"] : entry["stop"]]).hexdigest()
+    (out / "taia.json").write_text(json.dumps(receipt))
+    shutil.rmtree(spliced[0])
+    assert taia.verify(out).algorithm == "sha256"
+    (out / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert "its bytes are not those that were written" in found(out)
+
+
+def test_digests_are_those_of_the_libraries(spliced, tmp_path):
+    from blake3 import blake3
+
+    base, tuned, _ = spliced
+    receipt = taia.splice(base, tuned, tmp_path / "hashed", hash=True)
+    raw = (tmp_path / "hashed" / "model.safetensors").read_bytes()
+    assert receipt.algorithm == "blake3"
+    for entry in receipt.tensors:
+        assert entry.digest == blake3(raw[entry.start : entry.stop]).hexdigest()
+
+
+def test_a_hashed_receipt_with_another_selection(spliced, tmp_path):
+    base, tuned, _ = spliced
+    out = tmp_path / "hashed"
+    taia.splice(base, tuned, out, hash=True)
+    path = out / "taia.json"
+    path.write_text(path.read_text().replace('"selection": "attention"', '"selection": "ffn"'))
+    message = found(out)
+    assert "another source than its selection" in message
+    assert "edited after it was written" in message
+
+
+def test_every_fault_is_listed(spliced):
+    out = spliced[2]
+    file = out / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    entries = taia.verify(out).tensors
+    assert len(entries) > 20
+    for entry in entries:
+        raw[entry.start] ^= 4
+    file.write_bytes(raw)
+    message = found(out)
+    assert all(f"{entry.name}: differs from its source" in message for entry in entries)
+
+
+def test_an_output_that_is_the_tuned_model_is_told(pair, tmp_path):
+    base, tuned = pair("llama")
+    taia.splice(base, tuned, tmp_path / "once", keep="attention")
+    taia.splice(base, tmp_path / "once", tmp_path / "twice", keep="attention")
+    notes: list[str] = []
+    taia.verify(tmp_path / "twice", on_note=notes.append)
+    assert "the output is the tuned model" in notes[0]
+    taia.verify(tmp_path / "once", on_note=notes.append)
+    assert len(notes) == 1
+
+
+def test_broken_ties(pair, tmp_path):
+    for tied in (True, False):
+        base, tuned = pair("llama", tie_word_embeddings=tied)
+        sources = [tmp_path / f"{name}{tied}" for name in ("base", "tuned")]
+        for folder, source in zip(sources, (base, tuned), strict=True):
+            shutil.copytree(source, folder)
+            config = json.loads((folder / "config.json").read_text())
+            config["tie_word_embeddings"] = not tied
+            (folder / "config.json").write_text(json.dumps(config))
+        taia.splice(*sources, tmp_path / f"out{tied}")
+    assert "no head is stored" in found(tmp_path / "outTrue")
+    assert "config.json ties it to the embedding" in found(tmp_path / "outFalse")
+
+
+def test_a_receipt_sends_nobody_to_the_hub(spliced):
+    path = spliced[2] / "taia.json"
+    receipt = json.loads(path.read_text())
+    receipt["base"] = {"text": "x", "path": "some/model", "files": {}}
+    path.write_text(json.dumps(receipt))
+    assert "some/model: not the place of a source" in found(spliced[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("digests", [False, True], ids=["sources", "digests"])
+def test_each_of_a_thousand_random_flips(pair, tmp_path, digests):
+    """One bit, anywhere in any file of the output: weights, header, configuration, receipt."""
+    base, tuned = pair("llama", "bfloat16", shard="20KB")
+    out = tmp_path / "out"
+    taia.splice(base, tuned, out, keep="attention + ffn[1]*0.3", hash=digests)
+    taia.verify(out)
+    files = sorted(out.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    chance = random.Random(0)
+    missed = []
+    for _ in range(1_000):
+        file = chance.choices(files, sizes)[0]
+        raw = bytearray(file.read_bytes())
+        bit = chance.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        before = file.read_bytes()
+        file.write_bytes(raw)
+        try:
+            taia.verify(out)
+            missed.append((file.name, bit))
+        except VerificationError:
+            pass
+        file.write_bytes(before)
+    assert not missed
+    taia.verify(out)

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FAULTS_SHOWN = 20
-"""How many faults a message lists before it only counts the rest."""
+"""How many faults a message lists before it only counts the rest; a failed check lists all."""
 
 
 FAULT_LENGTH = 2_000
@@ -54,10 +54,11 @@ class TaiaError(Exception):
     """Bad input, told in full. `faults` holds each single one."""
 
     exit_code = 2
+    shown = FAULTS_SHOWN
 
     def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
         self.faults = tuple(faults)
-        shown = [f"  - {fault[:FAULT_LENGTH]}" for fault in self.faults[:FAULTS_SHOWN]]
+        shown = [f"  - {fault[:FAULT_LENGTH]}" for fault in self.faults[: self.shown]]
         hidden = len(self.faults) - len(shown)
         if hidden > 0:
             shown.append(f"  and {hidden} more")
@@ -105,9 +106,10 @@ class DependencyError(TaiaError):
 
 
 class VerificationError(TaiaError):
-    """A checkpoint that is not what its receipt says."""
+    """A checkpoint that is not what its receipt says. Its message lists every fault."""
 
     exit_code = 1
+    shown = 1_000_000
 
 
 def _printable(text: str) -> str:

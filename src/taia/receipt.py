@@ -2,7 +2,8 @@
 
 A receipt states the selection, the sources with the size and modification time of each
 file, and for every tensor of the output where its bytes came from. It says nothing that
-`taia verify` does not check.
+`taia verify` does not check, and holds a digest of itself, so that an edit is found. It is
+not signed: docs/proof.md says what it proves.
 """
 
 from __future__ import annotations
@@ -10,23 +11,48 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from taia import __version__
-from taia.errors import VerificationError
+from taia.errors import CheckpointError, VerificationError
 from taia.files import atomic_write
+from taia.untrusted import open_regular
 
-__all__ = ["RECEIPT", "Entry", "FileIdentity", "Receipt", "SourceRecord", "digest_of", "identity"]
+__all__ = [
+    "RECEIPT",
+    "Algorithm",
+    "Entry",
+    "FileIdentity",
+    "Receipt",
+    "SourceRecord",
+    "digest_of",
+    "identity",
+]
 
 RECEIPT = "taia.json"
-FORMAT = 1
+FORMATS = (1, 2)
+"""What is read; the last one is written. Format 2 added `algorithm` and `content`."""
+
+MAX_BYTES = 256 * 1024 * 1024
+MAX_OBJECTS = 400_000
+"""A receipt has an object for each tensor and for each source file."""
+
+MAX_FAULTS = 1_000
+"""With more of them a file is no receipt at all, and they are not listed."""
+
+CONTENT = re.compile(rb'\{\n "content": "[0-9a-f]{64}",')
+
+Algorithm = Literal["sha256", "blake3"]
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """A file as it was when it was read: size in bytes, modification time in nanoseconds."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     size: int
     modified: int
@@ -35,6 +61,8 @@ class FileIdentity:
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
     """One input: what the user named, where it was found, and its weight files."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     text: str
     path: str
@@ -46,9 +74,11 @@ class Entry:
     """One output tensor: its bytes `[start, stop)` of `file`, and where they are from.
 
     `origin` base or tuned: a copy of `[from_start, from_stop)` of that source's `from_file`.
-    `origin` blend: computed, base + strength * delta. `digest` is the SHA-256 of its bytes,
-    when it was asked for.
+    `origin` blend: computed, base + strength * delta. `digest` is that of its
+    bytes, when it was asked for.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
     file: str
@@ -67,7 +97,9 @@ class Receipt:
     """What one splice or slice wrote. `form` is checkpoint or adapter.
 
     `files` holds the SHA-256 of every other file of the output (configuration, tokenizer,
-    model card). `headers` holds the SHA-256 of the header of each weight file.
+    model card). `headers` holds the SHA-256 of the header of each weight file. `algorithm`
+    made the digests of the tensors, where there are any. `content` is the SHA-256 of the
+    rest of the receipt's own file.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -79,20 +111,33 @@ class Receipt:
     tensors: list[Entry]
     headers: dict[str, str]
     files: dict[str, str]
+    algorithm: Algorithm = "sha256"
     taia: str = __version__
-    format: int = FORMAT
+    format: int = FORMATS[-1]
+    content: str | None = dataclasses.field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain values, as it stands in the file."""
-        return dataclasses.asdict(self)
+        plain = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("content", "tensors")
+        }
+        for name in ("base", "tuned"):
+            plain[name] = None if plain[name] is None else dataclasses.asdict(plain[name])
+        names = [field.name for field in dataclasses.fields(Entry)]
+        rows = [{name: getattr(entry, name) for name in names} for entry in self.tensors]
+        return plain | {"tensors": rows}
 
     def write(self, folder: Path) -> None:
-        """Write the receipt into an output folder, one tensor a line."""
+        """Write the receipt into an output folder, one tensor a line, its own digest first."""
         plain = self.to_json()
         tensors = plain.pop("tensors")
-        head = json.dumps(plain, indent=1, ensure_ascii=False)[:-2]
+        head = json.dumps(plain, indent=1, ensure_ascii=False)[1:-2]
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in tensors)
-        atomic_write(folder / RECEIPT, f'{head},\n "tensors": [\n{rows}\n ]\n}}\n')
+        rest = f'{head},\n "tensors": [\n{rows}\n ]\n}}\n'
+        content = hashlib.sha256(rest.encode()).hexdigest()
+        atomic_write(folder / RECEIPT, f'{{\n "content": "{content}",{rest}')
 
     @staticmethod
     def read(folder: Path) -> Receipt:
@@ -102,16 +147,43 @@ class Receipt:
         path = folder / RECEIPT
         if not path.is_file():
             raise VerificationError(f"{folder}: no {RECEIPT} in it; taia did not write this folder")
+        raw = _read(path)
         try:
-            receipt = TypeAdapter(Receipt).validate_json(path.read_bytes())
+            receipt = TypeAdapter(Receipt).validate_json(raw)
         except ValidationError as error:
+            told = error.errors() if error.error_count() < MAX_FAULTS else []
             raise VerificationError(
                 f"{path}: not a valid receipt",
-                [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()],
+                [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in told],
             ) from error
-        if receipt.format != FORMAT:
-            raise VerificationError(f"{path}: format {receipt.format}, this taia reads {FORMAT}")
+        if receipt.format not in FORMATS:
+            raise VerificationError(
+                f"{path}: format {receipt.format}, this taia reads {', '.join(map(str, FORMATS))}"
+            )
         return receipt
+
+    def is_as_written(self, folder: Path) -> bool:
+        """Whether the file is the one that was written, by the digest that it holds of itself.
+
+        No signature: whoever edits a receipt can also make its digest again. One of format 1
+        holds none.
+        """
+        if self.format == 1:
+            return self.content is None
+        found = CONTENT.match(raw := _read(folder / RECEIPT))
+        return found is not None and hashlib.sha256(raw[found.end() :]).hexdigest() == self.content
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a receipt, of a bounded size and count of values."""
+    try:
+        with open_regular(path) as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, CheckpointError) as error:
+        raise VerificationError(f"{path}: cannot be read: {error}") from error
+    if len(raw) > MAX_BYTES or raw.count(b"{") > MAX_OBJECTS:
+        raise VerificationError(f"{path}: too large for a receipt")
+    return raw
 
 
 def identity(path: Path) -> FileIdentity:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from taia.changes import Change, Shapes, Sliced, stored
 from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
+from taia.hashing import ALGORITHM, with_digests
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
@@ -47,7 +47,6 @@ from taia.writing import (
     header_digest,
     header_of,
     record_of,
-    tensor_digest,
 )
 
 __all__ = ["portable_config", "slice_adapter", "sliced_tensors"]
@@ -80,7 +79,7 @@ def slice_adapter(
     with staged_folder(destination, overwrite=overwrite) as folder:
         entries = _write_weights(folder, kept)
         if hash:
-            entries = [replace(entry, digest=tensor_digest(folder, entry)) for entry in entries]
+            entries = with_digests(folder, entries)
         config = portable_config(whole, strengths)
         atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_companions(whole.path, folder, TOKENIZER_FILES)
@@ -313,4 +312,5 @@ def _receipt(
         tensors=entries,
         headers={WEIGHTS: header_digest(folder / WEIGHTS)},
         files={name: digest_of(folder / name) for name in others},
+        algorithm=ALGORITHM,
     )

@@ -28,6 +28,7 @@ from taia.files import (
     refuse_overlap,
     staged_folder,
 )
+from taia.hashing import ALGORITHM, with_digests
 from taia.pieces import Blend, Copy, Merge, Piece, copy_range, pieces
 from taia.plan import Origin, Plan, plan
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
@@ -42,7 +43,6 @@ from taia.writing import (
     header_of,
     record_of,
     start_writing,
-    tensor_digest,
     write_all,
     write_index,
 )
@@ -70,7 +70,7 @@ def splice(
     """Write the model that keeps `keep` of the delta from `base` to `tuned`.
 
     Two checkpoints give a checkpoint. An adapter gives a sliced adapter, or with `merge`
-    a checkpoint. `hash` stores the SHA-256 of every tensor in the receipt, so that it can
+    a checkpoint. `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it can
     be verified without the sources. Raises a TaiaError, and leaves nothing at `out`.
     """
     destination = Path(out)
@@ -109,9 +109,7 @@ def execute(
         if planned.base.files != (SINGLE,):
             write_index(folder, entries)
         if hash:
-            entries = [
-                dataclasses.replace(entry, digest=tensor_digest(folder, entry)) for entry in entries
-            ]
+            entries = with_digests(folder, entries)
         _copy_companions(planned, folder)
         atomic_write(folder / "README.md", model_card(planned, out.name))
         receipt = _receipt(planned, folder, entries)
@@ -242,4 +240,5 @@ def _receipt(planned: Plan, folder: Path, entries: list[Entry]) -> Receipt:
         tensors=entries,
         headers={file: header_digest(folder / file) for file in sorted(weights)},
         files={name: digest_of(folder / name) for name in others},
+        algorithm=ALGORITHM,
     )

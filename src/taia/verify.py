@@ -1,49 +1,62 @@
 """Whether an output is what its receipt says, byte for byte.
 
 The plan of the receipt is made again from the sources, every stream of bytes is made again,
-and each is compared with what stands on the disk. So a copied tensor is compared with the
-very bytes it was copied from, and a blend is computed again. Where the receipt holds digests
-(`--hash`) the sources are not needed and each tensor is compared with its digest.
+and each is compared with what stands on the disk: copied tensors side by side with the very
+bytes they were copied from, on all cores, blends by computing them again. Where the receipt
+holds digests (`--hash`) the sources are not needed: each tensor is compared with its digest,
+and of sources that are there only the headers are read.
 
 Found: a flipped bit, a missing or additional tensor or file, a changed header, an altered
-receipt, sources that changed after the splice, and an output that keeps something and yet
-equals the base.
+receipt, sources that changed after the splice, a tie between embedding and head that is
+broken, and an output that keeps something and yet equals the base. What that proves, and
+what not: docs/proof.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from taia.adapter import WEIGHTS, read_adapter
-from taia.checkpoint import INDEX, Tensor, open_checkpoint, read_header
+from taia.checkpoint import INDEX, Checkpoint, Tensor, open_checkpoint, read_header
+from taia.compare import Pair, differing, in_threads
 from taia.errors import CheckpointError, TaiaError, VerificationError
-from taia.pieces import Copy, pieces
-from taia.plan import plan
-from taia.receipt import RECEIPT, Entry, Receipt, SourceRecord, digest_of, identity
+from taia.files import read_json
+from taia.hashing import digests
+from taia.pieces import Copy, Piece, pieces
+from taia.plan import Decision, Plan, plan
+from taia.receipt import RECEIPT, Entry, Receipt, SourceRecord, identity
 from taia.slicing import sliced_tensors
-from taia.writing import header_digest, tensor_digest
+from taia.ties import tie_faults
+from taia.untrusted import open_regular
+from taia.writing import header_digest
 
 __all__ = ["verify"]
 
+Note = Callable[[str], None]
 
-def verify(out: str | Path) -> Receipt:
+
+def verify(out: str | Path, *, on_note: Note | None = None) -> Receipt:
     """Check an output folder against its receipt, and return the receipt.
 
-    Raises VerificationError with every fault that was found.
+    `on_note` is told what is no fault and yet worth knowing. Raises VerificationError with
+    every fault that was found.
     """
     folder = Path(out)
     receipt = Receipt.read(folder)
-    faults = _file_faults(folder, receipt)
+    faults = [] if receipt.is_as_written(folder) else [f"{RECEIPT}: edited after it was written"]
+    faults += _file_faults(folder, receipt)
     stored, unreadable = _stored(folder, receipt)
     faults += unreadable + _entry_faults(receipt, stored)
     intact = [e for e in receipt.tensors if e.name in stored and _same_place(e, stored[e.name])]
     hashed = all(entry.digest for entry in receipt.tensors)
     if hashed:
-        faults += [f"{entry.name}: its bytes are not those that were written"
-                   for entry in intact if tensor_digest(folder, entry) != entry.digest]  # fmt: skip
+        faults += _digest_faults(folder, receipt, intact)
     if not hashed or not _missing_sources(receipt):
-        faults += _content_faults(folder, receipt, intact)
+        faults += _source_faults(folder, receipt, intact, on_note, hashed=hashed)
+    if receipt.form == "checkpoint":
+        faults += _tie_faults(folder, stored)
     if faults:
         raise VerificationError(f"{folder}: not what {RECEIPT} says", faults)
     return receipt
@@ -62,9 +75,17 @@ def _file_faults(folder: Path, receipt: Receipt) -> list[str]:
             faults.append(f"{name}: the receipt names a file outside the folder")
         elif not path.is_file():
             faults.append(f"{name}: missing")
-        elif digest_of(path) != digest:
+        elif _digest_of(path) != digest:
             faults.append(f"{name}: altered")
     return faults
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, CheckpointError):
+        return None
 
 
 def _stored(folder: Path, receipt: Receipt) -> tuple[dict[str, Tensor], list[str]]:
@@ -78,10 +99,11 @@ def _stored(folder: Path, receipt: Receipt) -> tuple[dict[str, Tensor], list[str
             continue
         try:
             stored |= read_header(path)
-        except CheckpointError as error:
+            altered = header_digest(path) != digest
+        except (CheckpointError, OSError) as error:
             faults.append(str(error))
             continue
-        if header_digest(path) != digest:
+        if altered:
             faults.append(f"{file}: its header was altered")
     if (folder / INDEX).is_file() and not faults:
         try:
@@ -107,7 +129,18 @@ def _same_place(entry: Entry, tensor: Tensor) -> bool:
     return (entry.file, entry.start, entry.stop) == (tensor.file, tensor.start, tensor.stop)
 
 
-def _content_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
+def _digest_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
+    try:
+        found = digests(folder, intact, receipt.algorithm)
+    except CheckpointError as error:
+        return [str(error)]
+    return [f"{entry.name}: its bytes are not those that were written"
+            for entry in intact if found.get(entry.name) != entry.digest]  # fmt: skip
+
+
+def _source_faults(
+    folder: Path, receipt: Receipt, intact: list[Entry], on_note: Note | None, *, hashed: bool
+) -> list[str]:
     """Compare with the sources. Their own changes are faults, as nothing can then be proven."""
     faults = _missing_sources(receipt)
     if faults:
@@ -115,12 +148,14 @@ def _content_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list
     try:
         if receipt.form == "adapter":
             return _adapter_faults(folder, receipt, intact)
-        return _checkpoint_faults(folder, receipt, intact)
-    except TaiaError as error:
+        return _checkpoint_faults(folder, receipt, intact, on_note, hashed=hashed)
+    except (TaiaError, OSError) as error:
         return [f"the receipt cannot be followed: {error}"]
 
 
-def _checkpoint_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
+def _checkpoint_faults(
+    folder: Path, receipt: Receipt, intact: list[Entry], on_note: Note | None, *, hashed: bool
+) -> list[str]:
     if receipt.base is None:
         return ["the receipt names no base"]
     planned = plan(receipt.base.path, receipt.tuned.path, receipt.selection)
@@ -130,27 +165,94 @@ def _checkpoint_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> l
     faults = []
     if decisions.keys() != {entry.name for entry in receipt.tensors}:
         faults.append("the receipt does not list the tensors of the two models")
-    kept = [entry for entry in intact if entry.name in decisions and entry.origin != "base"]
-    if kept and all(
-        _equal(folder, entry, Copy(planned.base.path, planned.base.tensors[entry.name]).chunks())
-        for entry in kept
-    ):
-        faults.append("nothing that is kept differs from the base: the output is the base model")
-    for entry in intact:
-        decision, part = decisions.get(entry.name), parts.get(entry.name)
-        if decision is None or part is None:
-            continue
-        place = None
-        if isinstance(part, Copy):
-            place = (part.tensor.file, part.tensor.start, part.tensor.stop)
-        stated = (entry.origin, entry.strength)
-        if stated != (decision.source.value, decision.strength) or (
-            place and place != (entry.from_file, entry.from_start, entry.from_stop)
-        ):
+    known = [entry for entry in intact if entry.name in decisions and entry.name in parts]
+    faults += _equality_faults(folder, planned, known, on_note)
+    followed = []
+    for entry in known:
+        if _names_its_source(entry, decisions[entry.name], parts[entry.name]):
+            followed.append(entry)
+        else:
             faults.append(f"{entry.name}: the receipt names another source than its selection")
-        elif not _equal(folder, entry, part.chunks()):
-            faults.append(f"{entry.name}: differs from its source ({entry.origin})")
-    return faults
+    if hashed:
+        return faults
+    different = _differing(folder, followed, parts)
+    return faults + [
+        f"{entry.name}: differs from its source ({entry.origin})"
+        for entry in followed
+        if entry.name in different
+    ]
+
+
+def _names_its_source(entry: Entry, decision: Decision, part: Piece) -> bool:
+    """Whether a line of the receipt says what its selection says."""
+    if (entry.origin, entry.strength) != (decision.source.value, decision.strength):
+        return False
+    if not isinstance(part, Copy):
+        return True
+    place = (part.tensor.file, part.tensor.start, part.tensor.stop)
+    return place == (entry.from_file, entry.from_start, entry.from_stop)
+
+
+def _differing(folder: Path, entries: Sequence[Entry], parts: Mapping[str, Piece]) -> set[str]:
+    """The names of the entries that are not what their pieces give; in one pass over both."""
+    copies: list[Pair] = []
+    others: list[tuple[Entry, Piece]] = []
+    different = set()
+    for entry in entries:
+        part = parts[entry.name]
+        if not isinstance(part, Copy):
+            others.append((entry, part))
+        elif part.tensor.bytes != entry.stop - entry.start:
+            different.add(entry.name)
+        else:
+            copies.append(_pair(folder, entry, part.folder, part.tensor))
+    equal = in_threads(others, lambda task: _equal(folder, task[0], task[1].chunks()))
+    for (entry, _), same in zip(others, equal, strict=True):
+        if not same:
+            different.add(entry.name)
+    return different | differing(copies)
+
+
+def _pair(folder: Path, entry: Entry, source: Path, tensor: Tensor) -> Pair:
+    return Pair(
+        entry.name,
+        folder / entry.file,
+        entry.start,
+        source / tensor.file,
+        tensor.start,
+        tensor.bytes,
+    )
+
+
+def _equality_faults(
+    folder: Path, planned: Plan, entries: Sequence[Entry], on_note: Note | None
+) -> list[str]:
+    """The fault of an output that keeps something and equals the base all the same.
+
+    That it equals the tuned model, although something was dropped, is only told: its bytes
+    are as asked for, the fine-tune changed nothing but what is kept.
+    """
+    kept = [entry for entry in entries if entry.origin != "base"]
+    if kept and _all_equal(folder, kept, planned.base):
+        return ["nothing that is kept differs from the base: the output is the base model"]
+    dropped = [entry for entry in entries if entry.origin == "base"]
+    blended = any(entry.origin == "blend" for entry in entries)
+    if on_note is None or not dropped or blended or not isinstance(planned.tuned, Checkpoint):
+        return []
+    if _all_equal(folder, dropped, planned.tuned):
+        on_note("nothing that is dropped differs from the base: the output is the tuned model")
+    return []
+
+
+def _all_equal(folder: Path, entries: Sequence[Entry], source: Checkpoint) -> bool:
+    """Whether every entry has the bytes of `source`; small ones first, until one differs."""
+    for entry in sorted(entries, key=lambda entry: entry.stop - entry.start):
+        tensor = source.tensors.get(entry.name)
+        if tensor is None or tensor.bytes != entry.stop - entry.start:
+            return False
+        if not _equal(folder, entry, Copy(source.path, tensor).chunks()):
+            return False
+    return True
 
 
 def _adapter_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list[str]:
@@ -172,13 +274,23 @@ def _adapter_faults(folder: Path, receipt: Receipt, intact: list[Entry]) -> list
     ]
 
 
+def _tie_faults(folder: Path, stored: Mapping[str, Tensor]) -> list[str]:
+    try:
+        config = read_json(folder / "config.json")
+        return tie_faults(folder, config if isinstance(config, dict) else {}, stored)
+    except TaiaError:
+        return []  # told as an altered file, or as names that the table does not know
+
+
 def _missing_sources(receipt: Receipt) -> list[str]:
     """Which source files are gone or changed."""
     records = [record for record in (receipt.base, receipt.tuned) if record is not None]
-    return [fault for record in records for fault in _source_faults(record)]
+    return [fault for record in records for fault in _record_faults(record)]
 
 
-def _source_faults(record: SourceRecord) -> list[str]:
+def _record_faults(record: SourceRecord) -> list[str]:
+    if not Path(record.path).is_absolute():
+        return [f"{record.path}: not the place of a source"]
     faults = []
     for name, before in record.files.items():
         path = Path(record.path) / name
@@ -192,7 +304,7 @@ def _source_faults(record: SourceRecord) -> list[str]:
 def _equal(folder: Path, entry: Entry, chunks: Iterator[bytes]) -> bool:
     """Whether the bytes of an entry are exactly those of `chunks`."""
     left = entry.stop - entry.start
-    with (folder / entry.file).open("rb") as file:
+    with open_regular(folder / entry.file) as file:
         file.seek(entry.start)
         for chunk in chunks:
             if len(chunk) > left or file.read(len(chunk)) != chunk:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
@@ -24,12 +23,9 @@ __all__ = [
     "header_of",
     "record_of",
     "start_writing",
-    "tensor_digest",
     "write_all",
     "write_index",
 ]
-
-BUFFER = 4 * 1024 * 1024
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -93,18 +89,6 @@ def header_digest(path: Path) -> str:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     return digest_of(path, 8 + length)
-
-
-def tensor_digest(folder: Path, entry: Entry) -> str:
-    """The SHA-256 of one written tensor, read back from the disk."""
-    digest = hashlib.sha256()
-    left = entry.stop - entry.start
-    with (folder / entry.file).open("rb") as file:
-        file.seek(entry.start)
-        while left and (chunk := file.read(min(BUFFER, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
 
 
 def write_all(target: FileIO, data: bytes) -> None:

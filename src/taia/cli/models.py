@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from taia.cli.options import Command, add_json, add_keep, add_models, add_overwrite
@@ -73,7 +74,8 @@ def verify(options: argparse.Namespace) -> None:
     """Check an output against its receipt, byte for byte. Exit code 1 if it differs."""
     from taia.verify import verify as check
 
-    print_receipt(check(options.out), options.out, "verified", options.as_json)
+    receipt = check(options.out, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
+    print_receipt(receipt, options.out, "verified", options.as_json)
 
 
 COMMANDS: dict[str, Command] = {
