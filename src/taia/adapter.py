@@ -222,7 +222,7 @@ def architecture_of(
         except OSError:  # a name that no file can have
             return None, None
     else:
-        found = resolve(base)
+        found = resolve(base, headers_only=True)
         if found.form is Form.GGUF:
             return None, _gguf_depth(found.path)
         folder = found.path

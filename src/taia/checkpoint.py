@@ -105,7 +105,7 @@ def open_checkpoint(source: str | Path | Source) -> Checkpoint:
     Raises SourceError for what is not a safetensors checkpoint, CheckpointError for one
     whose files contradict the format, with every fault of every file.
     """
-    found = resolve(source)
+    found = resolve(source, headers_only=True)
     if found.form is not Form.CHECKPOINT:
         raise SourceError(f"{found.text}: a safetensors checkpoint is needed, this is {found.form}")
     folder = found.path

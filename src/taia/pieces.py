@@ -17,6 +17,7 @@ from pathlib import Path
 from taia.adapter import Adapter
 from taia.changes import Change
 from taia.checkpoint import Tensor
+from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
 from taia.plan import Decision, Origin, Plan, stored_name
 from taia.writing import write_all
@@ -32,6 +33,11 @@ class Copy:
 
     folder: Path
     tensor: Tensor
+
+    @property
+    def reads(self) -> list[tuple[Path, Tensor]]:
+        """The stored tensors that are read, each with its folder."""
+        return [(self.folder, self.tensor)]
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most BUFFER."""
@@ -56,6 +62,11 @@ class Blend:
     tuned: Tensor
     strength: float
 
+    @property
+    def reads(self) -> list[tuple[Path, Tensor]]:
+        """The stored tensors that are read, each with its folder."""
+        return [(self.base_folder, self.base), (self.tuned_folder, self.tuned)]
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes in the dtype of the base."""
         from taia.arrays import blended_chunks  # numpy only where something is computed
@@ -75,6 +86,13 @@ class Merge:
     module: Change
     strength: float
 
+    @property
+    def reads(self) -> list[tuple[Path, Tensor]]:
+        """The stored tensors that are read, each with its folder; of the base, as an adapter
+        is always here as a whole.
+        """
+        return [(self.folder, self.base)]
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes in the dtype of the base; one matrix at a time."""
         from taia.arrays import CHUNK, encode, read_array, widen
@@ -88,18 +106,25 @@ class Merge:
 Piece = Copy | Blend | Merge
 
 
-def pieces(plan: Plan) -> dict[str, Piece]:
-    """The piece of every output tensor, by name. The plan has no faults."""
+def pieces(plan: Plan, *, fetched: bool = True) -> dict[str, Piece]:
+    """The piece of every output tensor, by name. The plan has no faults.
+
+    `fetched` False is for what will download the bytes of remote models that the pieces read;
+    for all others a hole in a source is a SourceError.
+    """
     lora, whole = {}, {}
     if isinstance(plan.tuned, Adapter):
         lora = {stored_name(plan.base, m.weight): m for m in plan.tuned.modules.values()}
         whole = {stored_name(plan.base, name): t for name, t in plan.tuned.whole.items()}
     else:
         whole = dict(plan.tuned.tensors)
-    return {
+    parts = {
         decision.name: _piece(plan, decision, lora.get(decision.name), whole.get(decision.name))
         for decision in plan.decisions
     }
+    if fetched:
+        refuse_holes({name: part.reads for name, part in parts.items()})
+    return parts
 
 
 def _piece(plan: Plan, decision: Decision, module: Change | None, tuned: Tensor | None) -> Piece:

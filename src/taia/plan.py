@@ -130,7 +130,7 @@ def plan(
     """
     selection = Selection.parse(keep)
     first = _open(base)
-    found = resolve(tuned)
+    found = resolve(tuned, headers_only=True)
     if found.form is Form.ADAPTER:
         adapter = read_adapter(found).of(first.model_type, shapes_of(first))
         return _plan_merge(first, adapter, selection)
@@ -139,7 +139,7 @@ def plan(
 
 def _open(source: str | Path | Source) -> Checkpoint:
     """A checkpoint; one in a GGUF file is first unpacked into the cache, once."""
-    found = resolve(source)
+    found = resolve(source, headers_only=True)
     if found.form is not Form.GGUF:
         return open_checkpoint(found)
     from taia.load import materialise

@@ -60,13 +60,18 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """One input: what the user named, where it was found, and its weight files."""
+    """One input: what the user named, where it was found, and its weight files.
+
+    Of a remote model `path` is its address, pinned to one version where its server has
+    versions, and `stated` is what the server stated of each file (`etag`, `sha256`).
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     text: str
     path: str
     files: dict[str, FileIdentity]
+    stated: dict[str, dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

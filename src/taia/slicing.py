@@ -37,6 +37,7 @@ from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
+from taia.remote import MIRROR_MARKER
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 from taia.stacked import StackedModule
@@ -73,9 +74,11 @@ def slice_adapter(
     selection = Selection.parse(keep)
     refuse_existing(destination, overwrite=overwrite)
     whole = read_adapter(adapter)
-    refuse_overlap(destination, whole.path, *([resolve(base).path] if base else []))
+    base = resolve(base, headers_only=True) if base else None
+    refuse_overlap(destination, whole.path, *([base.path] if base else []))
     whole, addresses, strengths = _decided(whole, selection, base)
     kept = _kept_tensors(whole, strengths)
+    hash = hash or (whole.path / MIRROR_MARKER).is_file()  # a remote one may be gone tomorrow
     with staged_folder(destination, overwrite=overwrite) as folder:
         entries = _write_weights(folder, kept)
         if hash:
@@ -86,7 +89,7 @@ def slice_adapter(
         named = whole.settings.base_model_name_or_path or None
         text = card(
             destination.name,
-            base=resolve(base).text if base else named,
+            base=base.text if base else named,
             tuned=whole.text,
             selection=str(selection),
             body=_body(whole, addresses, strengths),
@@ -111,7 +114,7 @@ def _decided(
     """The adapter on its base; addresses and strengths of the weights that it changes, by name."""
     model_type, layers = architecture_of(adapter, base)
     adapter = adapter.of(model_type)
-    if base is not None and resolve(base).form is Form.CHECKPOINT:
+    if base is not None and resolve(base, headers_only=True).form is Form.CHECKPOINT:
         checkpoint = open_checkpoint(base)
         shapes = shapes_of(checkpoint)
         adapter = adapter.of(model_type, shapes)
@@ -303,7 +306,7 @@ def _receipt(
     named = adapter.settings.base_model_name_or_path
     if base is None and architecture_of(adapter) != (None, None):
         base = named  # relative to where it was named; the receipt makes it absolute
-    found = None if base is None else resolve(base)
+    found = None if base is None else resolve(base, headers_only=True)
     return Receipt(
         form="adapter",
         selection=str(selection),

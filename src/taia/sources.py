@@ -1,13 +1,16 @@
 """Where a model is: a folder, a GGUF file, an installed package, or the hub.
 
 A source is one of
-    DIR                 a folder with config.json and weights, or a PEFT adapter
-    FILE.gguf           one GGUF file
-    package:NAME        weights shipped inside an installed Python package
-    ORG/NAME[@REV]      a repository of the hub, taken through huggingface_hub's cache
+    DIR                       a folder with config.json and weights, or a PEFT adapter
+    FILE.gguf                 one GGUF file
+    package:NAME              weights shipped inside an installed Python package
+    ORG/NAME[@REV]            a repository of the hub; hf://ORG/NAME[@REV][/FOLDER] as well
+    https://HOST/FOLDER       a folder on a web server
+    s3://BUCKET/FOLDER        a folder in a storage that fsspec reads
 
 `resolve` turns such a text into a path without importing torch and without
-running a line of the package that ships the weights.
+running a line of the package that ships the weights. Whoever needs headers only
+says so, and of a remote model gets a mirror that has no more (see `taia.mirror`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,16 @@ from enum import StrEnum
 from pathlib import Path
 
 from taia.errors import SourceError
+from taia.remote import MIRROR_MARKER
 
 __all__ = ["Form", "Source", "resolve"]
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 """The shape of a hub id: NAME or ORG/NAME, with an optional revision."""
+
+SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+SNAPSHOT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""What is taken of a repository of the hub: no pickles, no GGUF."""
 
 
 class Form(StrEnum):
@@ -46,13 +54,19 @@ class Source:
     path: Path
 
 
-def resolve(source: str | Path | Source) -> Source:
-    """Find a model. Raises SourceError when it is not there or cannot be told apart."""
+def resolve(source: str | Path | Source, *, headers_only: bool = False) -> Source:
+    """Find a model. Raises SourceError when it is not there or cannot be told apart.
+
+    With `headers_only` the weights of a remote checkpoint are not downloaded: the path has
+    its configuration, its index and the headers, and holes where the weights belong.
+    """
     if isinstance(source, Source):
-        return source
+        return source if headers_only else _without_holes(source)
     text = str(source)
     if text.startswith("package:"):
         return Source(text, Form.GGUF, _gguf_of_package(text.removeprefix("package:")))
+    if not isinstance(source, Path) and SCHEME.match(text):
+        return _remote(text, headers_only=headers_only)
     try:
         path = Path(text).expanduser()
         path.exists()  # the one call that tells a name that no file can have
@@ -63,7 +77,8 @@ def resolve(source: str | Path | Source) -> Source:
     if path.is_file() and path.suffix == ".gguf":
         return Source(text, Form.GGUF, path)
     if path.is_dir():
-        return Source(text, _form_of_folder(path), path)
+        found = Source(text, _form_of_folder(path), path)
+        return found if headers_only else _without_holes(found)
     if path.exists():
         raise SourceError(
             f"{text}: a model is a folder, a .gguf file, package:NAME or a hub id; this is a file"
@@ -71,10 +86,68 @@ def resolve(source: str | Path | Source) -> Source:
     if text.startswith((".", "/", "~")) or not HUB_ID.match(text) or "/" not in text:
         raise SourceError(
             f"{text}: no such folder or file. Give the folder of a model, a .gguf file, "
-            "package:NAME, or a hub id of the form ORG/NAME"
+            "package:NAME, a hub id of the form ORG/NAME, or a URL"
         )
-    folder = _download(text)
+    return _remote(text, headers_only=headers_only)
+
+
+def _remote(text: str, *, headers_only: bool) -> Source:
+    """A model on a server: its mirror, or a folder of huggingface_hub's cache."""
+    from taia.mirror import open_mirror
+
+    scheme = (SCHEME.match(text) or [""])[0].lower()
+    if scheme in ("http://", "https://"):
+        from taia.remote_http import http_remote
+
+        mirror = open_mirror(http_remote(text))
+    elif scheme not in ("", "hf://"):
+        from taia.remote_storage import storage_remote
+
+        mirror = open_mirror(storage_remote(text))
+    else:
+        return _hub(text, headers_only=headers_only)
+    found = Source(mirror.remote.text, _form_of_folder(mirror.folder), mirror.folder)
+    return found if headers_only else _without_holes(found)
+
+
+def _hub(text: str, *, headers_only: bool) -> Source:
+    """A model of the hub: from huggingface_hub's cache where it is whole, else its mirror."""
+    from huggingface_hub import constants
+
+    from taia.mirror import open_mirror
+    from taia.remote_hub import hub_remote, local_snapshot
+
+    if headers_only and not constants.is_offline_mode():
+        try:
+            remote, pinned = hub_remote(text)
+        except ConnectionError:  # huggingface_hub falls back to what it has
+            folder = _download(text)
+        else:
+            cached = local_snapshot(pinned, remote.find(SNAPSHOT))
+            if cached is None and not remote.find(["adapter_config.json"]):
+                folder = open_mirror(remote).folder
+            else:
+                folder = cached or _download(text)
+    else:
+        folder = _download(text)
     return Source(text, _form_of_folder(folder), folder)
+
+
+def _without_holes(source: Source) -> Source:
+    """The same source with every byte of its weights on this disk."""
+    if not (source.path / MIRROR_MARKER).is_file():
+        return source
+    from taia.mirror import is_incomplete, mirror_at
+
+    mirror = mirror_at(source.path)
+    if mirror is not None:
+        mirror.fetch_all(SNAPSHOT)
+    elif is_incomplete(source.path):
+        raise SourceError(
+            f"{source.text}: a part of a remote model, with holes in its weights; name the model "
+            "by its own address"
+        )
+    return source
 
 
 def _form_of_folder(path: Path) -> Form:
@@ -112,17 +185,23 @@ def _gguf_of_package(name: str) -> Path:
 
 
 def _download(text: str) -> Path:
-    """A hub repository in the local cache. Safetensors, GGUF-free, no pickles."""
+    """A hub repository in huggingface_hub's cache. Safetensors, GGUF-free, no pickles."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = text.partition("@")
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    from taia.remote_hub import LOGIN, HubAddress
+
+    address = HubAddress.parse(text)
+    inside = f"{address.folder}/" if address.folder else ""
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        folder = snapshot_download(
+            address.repository,
+            revision=address.revision,
+            allow_patterns=[inside + pattern for pattern in SNAPSHOT],
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SourceError(
             f"{text}: neither a local folder nor reachable on the hub ({type(error).__name__}). "
-            "Check the name, or the network, or give a local folder"
+            f"Check the name, or the network, or {LOGIN}"
         ) from error
-    return Path(folder)
+    return Path(folder) / address.folder

@@ -20,6 +20,7 @@ from pathlib import Path
 from taia.adapter import WEIGHTS, Adapter
 from taia.card import model_card
 from taia.checkpoint import SINGLE, Checkpoint
+from taia.downloads import Download
 from taia.errors import SourceError
 from taia.files import (
     atomic_write,
@@ -53,7 +54,7 @@ COPY_AT_ONCE = 16 * 1024 * 1024
 """Bytes after which the disk is set to work and progress is told."""
 
 Progress = Callable[[int, int], None]
-"""Told the bytes written so far and in all."""
+"""Told the bytes downloaded and written so far, and in all."""
 
 
 def splice(
@@ -65,18 +66,21 @@ def splice(
     merge: bool = False,
     hash: bool = False,  # noqa: A002  the name that the command line has
     overwrite: bool = False,
+    keep_downloads: bool = False,
     on_progress: Progress | None = None,
 ) -> Receipt:
     """Write the model that keeps `keep` of the delta from `base` to `tuned`.
 
     Two checkpoints give a checkpoint. An adapter gives a sliced adapter, or with `merge`
     a checkpoint. `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it can
-    be verified without the sources. Raises a TaiaError, and leaves nothing at `out`.
+    be verified without the sources; with a remote model they are always stored. Of one, only
+    the bytes that are taken are downloaded, and not kept unless `keep_downloads` says so.
+    Raises a TaiaError, and leaves nothing at `out`.
     """
     destination = Path(out)
     selection = Selection.parse(keep)
     refuse_existing(destination, overwrite=overwrite)
-    found = resolve(tuned)
+    found = resolve(tuned, headers_only=True)
     if found.form is Form.ADAPTER and not merge:
         return slice_adapter(
             found, destination, selection, base=base, hash=hash, overwrite=overwrite
@@ -85,7 +89,10 @@ def splice(
         raise SourceError(f"{found.text}: a {found.form}; --merge is for adapters")
     planned = plan(base, found, selection)
     planned.refuse_faults()
-    return execute(planned, destination, hash=hash, overwrite=overwrite, on_progress=on_progress)
+    return execute(
+        planned, destination, hash=hash, overwrite=overwrite, keep_downloads=keep_downloads,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def execute(
@@ -94,21 +101,29 @@ def execute(
     *,
     hash: bool = False,  # noqa: A002
     overwrite: bool = False,
+    keep_downloads: bool = False,
     on_progress: Progress | None = None,
 ) -> Receipt:
-    """Write a plan without faults to `out`. Raises OutputError if it cannot be written."""
+    """Write a plan without faults to `out`. Raises OutputError if it cannot be written,
+    SourceError if a remote model cannot be read.
+    """
     refuse_overlap(out, planned.base.path, planned.tuned.path)
     total = planned.totals["all"]
-    check_room(out, sum(total[origin.value] for origin in Origin))
-    progress = _Counter(sum(total[origin.value] for origin in Origin), on_progress)
-    parts = pieces(planned)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    to_write = sum(total[origin.value] for origin in Origin)
+    check_room(out, to_write)
+    parts = pieces(planned, fetched=False)
+    download = Download(planned, {name: part.reads for name, part in parts.items()})
+    progress = _Counter(download.size + to_write, on_progress)
+    with (
+        download.fetched(out, to_write, progress.add, keep=keep_downloads),
+        staged_folder(out, overwrite=overwrite) as folder,
+    ):
         entries: list[Entry] = []
         for file in planned.base.files:
             entries += _write_file(planned, parts, folder, file, progress)
         if planned.base.files != (SINGLE,):
             write_index(folder, entries)
-        if hash:
+        if hash or download.mirrors:
             entries = with_digests(folder, entries)
         _copy_companions(planned, folder)
         atomic_write(folder / "README.md", model_card(planned, out.name))
@@ -121,7 +136,7 @@ def execute(
 
 
 class _Counter:
-    """Bytes written so far, told to whoever asked."""
+    """Bytes downloaded and written so far, told to whoever asked."""
 
     def __init__(self, total: int, on_progress: Progress | None) -> None:
         self.done, self.total, self.on_progress = 0, total, on_progress

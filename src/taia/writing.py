@@ -12,7 +12,8 @@ from pathlib import Path
 
 from taia.checkpoint import INDEX, Tensor
 from taia.files import atomic_write
-from taia.receipt import Entry, SourceRecord, digest_of, identity
+from taia.receipt import Entry, FileIdentity, SourceRecord, digest_of, identity
+from taia.remote import MIRROR_MARKER
 from taia.untrusted import refuse_stray_link
 
 __all__ = [
@@ -80,7 +81,16 @@ def copy_companions(
 
 
 def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
-    """A source as it stands now."""
+    """A source as it stands now; of a remote one, as its server states it."""
+    files = list(files)
+    if files and (path / MIRROR_MARKER).is_file():
+        from taia.mirror import mirror_at
+
+        mirror = mirror_at(path)
+        assert mirror is not None  # nothing of a mirror that is not open is ever read
+        sizes = {file: FileIdentity(mirror.weights[file].size, 0) for file in files
+                 if file in mirror.weights}  # fmt: skip
+        return SourceRecord(text, mirror.remote.url, sizes, mirror.stated(sizes))
     return SourceRecord(text, str(path.absolute()), {file: identity(path / file) for file in files})
 
 

@@ -42,6 +42,10 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hash", action="store_true", help="store digests, to verify without the sources"
     )
+    parser.add_argument(
+        "--keep-downloads", action="store_true",
+        help="leave what was downloaded of remote models in the cache",
+    )  # fmt: skip
     add_overwrite(parser)
     add_json(parser)
 
@@ -59,6 +63,7 @@ def splice(options: argparse.Namespace) -> None:
             merge=options.merge,
             hash=options.hash,
             overwrite=options.overwrite,
+            keep_downloads=options.keep_downloads,
             on_progress=on_progress,
         )
     print_receipt(receipt, options.out, "written", options.as_json)

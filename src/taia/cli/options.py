@@ -21,7 +21,7 @@ Command = tuple[
 ]
 """What adds a command's options, and what carries it out (its docstring is the help)."""
 
-MODEL = "a folder, a hub id ORG/NAME, FILE.gguf, or package:NAME"
+MODEL = "a folder, a hub id ORG/NAME, a URL (https, s3), FILE.gguf, or package:NAME"
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:

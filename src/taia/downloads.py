@@ -1,0 +1,122 @@
+"""The bytes of remote models that a plan names: fetched before a splice, given back after it.
+
+Data in: the pieces of a plan. What they read of a mirror (see `taia.mirror`) is what is
+downloaded: attention from one model, the rest from the other, no byte of the parts that are
+dropped. Local models take no part in this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taia.adapter import Adapter
+from taia.checkpoint import Tensor
+from taia.errors import SourceError
+from taia.files import check_room
+from taia.plan import Plan
+from taia.remote import MIRROR_MARKER
+from taia.writing import COMPANIONS
+
+if TYPE_CHECKING:
+    from taia.mirror import Mirror
+    from taia.transfer import Range
+
+__all__ = ["Download", "refuse_holes"]
+
+Reads = Mapping[str, list[tuple[Path, Tensor]]]
+"""What each output tensor is made from: stored tensors, each in its folder."""
+
+
+class Download:
+    """What a splice of `planned` has to fetch. `size` is the bytes that are not there yet."""
+
+    def __init__(self, planned: Plan, reads: Reads) -> None:
+        self.planned = planned
+        self._wanted = _wanted(reads)
+        folders = {planned.base.path, planned.tuned.path}
+        self.mirrors = [mirror for f in sorted(folders) if (mirror := _mirror_of(f)) is not None]
+        self._kept = {id(mirror) for mirror in self.mirrors if mirror.is_whole()}
+        self.size = sum(
+            stop - start
+            for mirror in self.mirrors
+            for ranges in mirror.missing(self._wanted.get(mirror.folder, {})).values()
+            for start, stop in ranges
+        )
+
+    @contextmanager
+    def fetched(
+        self, out: Path, to_write: int, on_bytes: Callable[[int], None], *, keep: bool = False
+    ) -> Iterator[None]:
+        """Within the block the bytes are on this disk.
+
+        After it they are gone, unless the block failed (the next run goes on with them), or
+        `keep` is set, or the model was all there before.
+        """
+        if not self.mirrors:
+            yield
+            return
+        self._check_room(out, to_write)
+        with ExitStack() as locks:
+            for mirror in self.mirrors:
+                locks.enter_context(mirror.locked())
+            for mirror in self.mirrors:
+                mirror.fetch(self._wanted.get(mirror.folder, {}), on_bytes)
+            self._fetch_companions()
+            yield
+            for mirror in self.mirrors:
+                if not keep and id(mirror) not in self._kept:
+                    mirror.release()
+
+    def _fetch_companions(self) -> None:
+        """Tokenizer and configuration come from the tuned model, or with an adapter the base."""
+        merge = isinstance(self.planned.tuned, Adapter)
+        source = self.planned.base.path if merge else self.planned.tuned.path
+        for mirror in self.mirrors:
+            if mirror.folder == source:
+                mirror.fetch_companions(COMPANIONS)
+
+    def _check_room(self, out: Path, to_write: int) -> None:
+        """Raise OutputError unless what is fetched and what is written have room together."""
+        cache = self.mirrors[0].folder
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if parent.stat().st_dev == cache.stat().st_dev:
+            check_room(out, self.size + to_write)
+
+
+def refuse_holes(reads: Reads) -> None:
+    """Raise SourceError if something that would be read of a mirror is not there."""
+    for folder, wanted in _wanted(reads).items():
+        mirror = _mirror_of(folder)
+        if mirror is not None and mirror.missing(wanted):
+            raise SourceError(
+                f"{mirror.remote.text}: a remote model, of which only the headers are here; "
+                "download it first"
+            )
+
+
+def _mirror_of(folder: Path) -> Mirror | None:
+    if not (folder / MIRROR_MARKER).is_file():
+        return None
+    from taia.mirror import mirror_at  # not for those who read local folders only
+
+    mirror = mirror_at(folder)
+    if mirror is None:
+        raise SourceError(
+            f"{folder}: a part of a remote model, kept by taia; name the model by its own address"
+        )
+    return mirror
+
+
+def _wanted(reads: Reads) -> dict[Path, dict[str, list[Range]]]:
+    """Folder -> weight file -> the byte ranges that are read of it."""
+    found: dict[Path, dict[str, list[Range]]] = {}
+    for sources in reads.values():
+        for folder, tensor in sources:
+            files = found.setdefault(folder, {})
+            files.setdefault(tensor.file, []).append((tensor.start, tensor.stop))
+    return found

@@ -1,0 +1,109 @@
+"""Byte ranges, and getting them: merged, cut into parts, retried from where they broke.
+
+A connection that drops costs nothing but a new one: the next request begins at the byte
+after the last that arrived. Attempts without any progress are few, with a growing pause.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from taia.errors import SourceError
+from taia.remote import Remote, Stated, TransferError
+
+__all__ = ["Range", "find", "merged", "parts", "read", "subtracted", "total"]
+
+PART = 16 * 1024 * 1024
+"""Bytes of one request: enough that its latency does not matter, few enough to share out."""
+
+PAUSE = 0.25
+"""Seconds before the second attempt; doubled before every further one."""
+
+Range = tuple[int, int]
+"""Bytes `[start, stop)` of a file."""
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """The same bytes as disjoint ranges in order, neighbours made one, empty ones gone."""
+    result: list[Range] = []
+    for start, stop in sorted(ranges):
+        if start >= stop:
+            continue
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return result
+
+
+def subtracted(ranges: Iterable[Range], present: Iterable[Range]) -> list[Range]:
+    """The bytes of `ranges` that are not in `present`, as `merged` gives them."""
+    result = []
+    there = merged(present)
+    first = 0
+    for start, stop in merged(ranges):
+        while first < len(there) and there[first][1] <= start:
+            first += 1
+        for have_start, have_stop in there[first:]:
+            if have_start >= stop:
+                break
+            if start < have_start:
+                result.append((start, have_start))
+            start = max(start, have_stop)
+        if start < stop:
+            result.append((start, stop))
+    return result
+
+
+def total(ranges: Iterable[Range]) -> int:
+    """The number of bytes of disjoint ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def parts(ranges: Iterable[Range]) -> Iterator[Range]:
+    """The same bytes in order, in ranges of at most PART."""
+    for start, stop in ranges:
+        for first in range(start, stop, PART):
+            yield first, min(first + PART, stop)
+
+
+def read(remote: Remote, name: str, stated: Stated, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes `[start, stop)` of a remote file, in order, over as many connections as it takes.
+
+    Raises SourceError when no more bytes come, or for what `Remote.stream` refuses.
+    """
+    failures = 0
+    while start < stop:
+        try:
+            for chunk in remote.stream(name, stated, start, stop):
+                start += len(chunk)
+                failures = 0
+                yield chunk
+            if start < stop:
+                raise TransferError("the answer ended early")
+        except TransferError as fault:
+            failures += 1
+            _again(remote, name, fault, failures)
+
+
+def find(remote: Remote, patterns: Sequence[str]) -> dict[str, Stated]:
+    """`Remote.find`, attempted again where it is interrupted."""
+    failures = 0
+    while True:
+        try:
+            return remote.find(patterns)
+        except TransferError as fault:
+            failures += 1
+            _again(remote, "", fault, failures)
+
+
+def _again(remote: Remote, name: str, fault: TransferError, failures: int) -> None:
+    """Wait before another attempt, or raise SourceError after the last."""
+    if failures >= fault.attempts:
+        place = f"{remote.text}: {name}: " if name else f"{remote.text}: "
+        raise SourceError(
+            f"{place}{fault} ({failures} attempts). What has arrived of the weights is kept, and "
+            "the same command goes on from there"
+        ) from fault
+    time.sleep(max(fault.wait, PAUSE * 2 ** (failures - 1)))
