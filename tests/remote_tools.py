@@ -67,6 +67,7 @@ class Proxy:
         self.upstream, self.fault = port, lambda *_: None
         self.sent = self.body = self.gets = self.drops = 0
         self.requests: list[tuple[str, str, str]] = []
+        self.tokens: list[str] = []
         self.lock = threading.Lock()
         self.server = _start(type("Bound", (_Handler,), {"proxy": self}))
         self.port = self.server.server_address[1]
@@ -78,7 +79,7 @@ class Proxy:
         """Count from nought; break by `fault`."""
         self.fault = fault or (lambda *_: None)
         self.sent = self.body = self.gets = self.drops = 0
-        self.requests = []
+        self.requests, self.tokens = [], []
 
     def close(self) -> None:
         self.server.shutdown()
@@ -133,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self, fault: str | int | None) -> None:
         asked = self.headers.get("Range", "")
         self.proxy.requests.append((self.command, self.path, asked))
+        if "Authorization" in self.headers:
+            self.proxy.tokens.append(self.headers["Authorization"])
         headers = dict(self.headers.items())
         headers.pop("Host", None)
         if fault == "whole":

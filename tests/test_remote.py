@@ -100,6 +100,7 @@ def test_a_splice_downloads_what_the_plan_names_and_gives_the_room_back(server, 
     assert on_disk(tmp_path / "cache") < 1_000_000
 
 
+@pytest.mark.slow
 def test_downloads_are_kept_on_request(server, tmp_path):
     urls = f"{server.url}/base", f"{server.url}/tuned"
     taia.splice(*urls, tmp_path / "out", keep_downloads=True)
@@ -186,6 +187,7 @@ def test_a_file_that_changes_between_header_and_weights_is_an_error(server, root
     assert len([*(tmp_path / "cache" / "remote").glob("*/*/.taia-mirror.json")]) == 2
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_loses_little(server, root, tmp_path):
     """SIGKILL, then the same command: what had arrived is not fetched again."""
     urls = [f"{server.url}/base", f"{server.url}/tuned"]
@@ -250,6 +252,7 @@ def test_two_at_one_mirror_is_one_message(server, tmp_path):
         taia.splice(*urls, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_base_on_a_server(server, root, tmp_path):
     from adapter_tools import save_adapter
 
