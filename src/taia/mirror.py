@@ -127,6 +127,7 @@ class Mirror:
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+        self.settle()
         for name in missing:
             self._check_digest(name)
 
@@ -151,6 +152,12 @@ class Mirror:
                 end = _header_end(self.folder / name)
                 os.truncate(self.folder / name, end)
                 os.truncate(self.folder / name, stated.size)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give every weight file one time: holes that are filled are no change of the model."""
+        for name in self.weights:
+            os.utime(self.folder / name, (0, 0))
 
     def _fetch_part(
         self, name: str, start: int, stop: int, told: Callable[[int], None],
@@ -220,6 +227,7 @@ def open_mirror(remote: Remote) -> Mirror:
     mirror = Mirror(remote, folder, weights)
     if not _stands(mirror):
         _make(mirror, content)
+    mirror.settle()
     _opened[folder] = mirror
     if ADAPTER[0] in found:
         mirror.fetch_all(["tokenizer*", "*.model", "*.jinja", "*.json", "*.txt"])
