@@ -78,10 +78,9 @@ def slice_adapter(
     refuse_overlap(destination, whole.path, *([base.path] if base else []))
     whole, addresses, strengths = _decided(whole, selection, base)
     kept = _kept_tensors(whole, strengths)
-    hash = hash or (whole.path / MIRROR_MARKER).is_file()  # a remote one may be gone tomorrow
     with staged_folder(destination, overwrite=overwrite) as folder:
         entries = _write_weights(folder, kept)
-        if hash:
+        if hash or (whole.path / MIRROR_MARKER).is_file():  # a remote one may be gone tomorrow
             entries = with_digests(folder, entries)
         config = portable_config(whole, strengths)
         atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
