@@ -144,9 +144,8 @@ def test_every_option_says_what_it_is(add_options, do):
 def test_a_signal_leaves_nothing(pair, tmp_path, stop):
     base, tuned = pair("llama")
     code = (
-        "import os, sys\nimport taia.splice\nfrom taia.cli import main\n"
-        "splice = sys.modules['taia.splice']\n"
-        f"splice.header_of = lambda tensors: os.kill(os.getpid(), {int(stop)})\n"
+        "import os, sys\nfrom taia import filling\nfrom taia.cli import main\n"
+        f"filling.start_writing = lambda *_: os.kill(os.getpid(), {int(stop)})\n"
         f"sys.argv = ['taia', 'splice', {str(base)!r}, {str(tuned)!r}, {str(tmp_path / 'out')!r}]\n"
         "main()"
     )

@@ -25,6 +25,8 @@ FLOORS = [
     {"training", "analysis"},
     {"verify"},
     {"splice", "attach"},
+    {"filling"},
+    {"shards"},
     {"slicing", "pieces"},
     {"downloads"},
     {"card", "load"},
@@ -41,7 +43,7 @@ FLOORS = [
     {"remote_hub", "remote_storage"},
     {"remote_http", "transfer"},
     {"remote", "files"},
-    {"untrusted", "json_stream"},
+    {"untrusted", "json_stream", "copying", "workers"},
     {"errors"},
 ]
 """From the top down. A module imports from its own floor and from those below."""

@@ -7,6 +7,7 @@ needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError, MismatchError
 
-__all__ = ["CHUNK", "DTYPES", "Array", "blend", "blended_chunks", "encode", "read_array", "widen"]
+__all__ = [
+    "CHUNK",
+    "DTYPES",
+    "Array",
+    "blend",
+    "blended_chunks",
+    "encode",
+    "read_array",
+    "widen",
+]
 
 Array = NDArray[Any]
 
@@ -29,7 +39,15 @@ DTYPES: dict[str, Any] = {
 }
 """numpy's own of each dtype that deltas are computed on, by the names of safetensors."""
 
-CHUNK = 1 << 19
+EXPONENTS = {
+    DTYPES["F64"]: 0x7FF0000000000000,
+    DTYPES["F32"]: 0x7F800000,
+    DTYPES["F16"]: 0x7C00,
+    DTYPES["BF16"]: 0x7F80,
+}
+"""The bits of the exponent of each."""
+
+CHUNK = 1 << 18
 """Elements in memory at a time for each operand of a blend."""
 
 
@@ -56,37 +74,81 @@ def widen(values: Array) -> Array:
     return values if values.dtype == np.float64 else values.astype(np.float32)
 
 
-def blend(base: Array, tuned: Array, strength: float) -> Array:
+def blend(base: Array, tuned: Array, strength: float, scratch: Scratch | None = None) -> Array:
     """Interpolate: base + strength * (tuned - base), in float32 (float64 for float64).
 
-    The result has the dtype of `base`.
+    The result has the dtype of `base`; with `scratch` it lies there, until the next call.
 
     WiSE-FT, arXiv 2109.01903, equation 1, for any strength. `tuned` may have another dtype;
     at strength 1 it is converted and nothing else, free of the rounding of the difference.
+    Raises MismatchError where finite weights give one that the dtype cannot hold.
     """
-    if strength == 1:
-        return tuned.astype(base.dtype)
-    wide = widen(base)
+    work = scratch or Scratch(base.size, base.dtype, tuned.dtype)
+    wide, other, mixed, rounded = (part[: base.size] for part in work.parts)
+    base, tuned = base.reshape(-1), tuned.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        mixed: Array = wide + wide.dtype.type(strength) * (widen(tuned) - wide)
-        rounded: Array = mixed.astype(base.dtype)
-    overflown = ~np.isfinite(rounded) & np.isfinite(wide) & np.isfinite(widen(tuned))
-    if overflown.any():
-        raise beyond(strength, rounded.dtype)
+        np.copyto(wide, base, casting="unsafe")
+        np.copyto(other, tuned, casting="unsafe")
+        np.subtract(other, wide, out=mixed)
+        np.multiply(mixed, mixed.dtype.type(strength), out=mixed)
+        np.add(wide, mixed, out=mixed)
+        np.copyto(rounded, other if strength == 1 else mixed, casting="unsafe")
+        if not all_finite(rounded) and strength != 1:
+            overflown = ~np.isfinite(rounded) & np.isfinite(wide) & np.isfinite(other)
+            if overflown.any():
+                raise beyond(strength, rounded.dtype)
     return rounded
 
 
+class Scratch:
+    """Memory that the blends of one tensor use again and again.
+
+    Fresh memory would cost more than the arithmetic: the system clears it first.
+    """
+
+    def __init__(self, size: int, base: Any, tuned: Any) -> None:
+        wide = np.float64 if np.float64 in (base, tuned) else np.float32
+        self.parts = (*(np.empty(size, wide) for _ in range(3)), np.empty(size, base))
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is infinite or NaN: those have every bit of the exponent set."""
+    bits = values.view(np.dtype(f"u{values.itemsize}"))
+    mask = bits.dtype.type(EXPONENTS[values.dtype])
+    return not values.size or bool((bits & mask).max() != mask)
+
+
 def blended_chunks(
-    base_folder: Path, base: Tensor, tuned_folder: Path, tuned: Tensor, strength: float
+    base_path: Path,
+    base: Tensor,
+    tuned_path: Path,
+    tuned: Tensor,
+    strength: float,
+    first: int,
+    count: int,
 ) -> Iterator[bytes]:
-    """The bytes of a blend, in pieces of at most CHUNK elements."""
-    for first in range(0, base.parameters, CHUNK):
-        count = min(CHUNK, base.parameters - first)
-        yield blend(
-            read_array(base_folder, base, first, count),
-            read_array(tuned_folder, tuned, first, count),
-            strength,
-        ).tobytes()
+    """The bytes of elements `[first, first + count)` of a blend, CHUNK elements at a time."""
+    size = min(CHUNK, count)
+    old, new = np.empty(size, DTYPES[base.dtype]), np.empty(size, DTYPES[tuned.dtype])
+    scratch = Scratch(size, old.dtype, new.dtype)
+    with base_path.open("rb", buffering=0) as olds, tuned_path.open("rb", buffering=0) as news:
+        olds.seek(base.start + first * old.itemsize)
+        news.seek(tuned.start + first * new.itemsize)
+        for done in range(0, count, CHUNK):
+            part = slice(0, min(CHUNK, count - done))
+            _fill(old[part], olds)
+            _fill(new[part], news)
+            yield blend(old[part], new[part], strength, scratch).tobytes()
+
+
+def _fill(values: Array, file: FileIO) -> None:
+    """Read the next elements of a file. Raises CheckpointError if it ends before."""
+    view = values.view(np.uint8).data
+    while view:
+        read = file.readinto(view)
+        if not read:
+            raise CheckpointError(f"{file.name!s}: became shorter while it was read")
+        view = view[read:]
 
 
 def encode(values: Array, dtype: str, strength: float = 1) -> bytes:
@@ -96,7 +158,7 @@ def encode(values: Array, dtype: str, strength: float = 1) -> bytes:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = np.ascontiguousarray(values).astype(DTYPES[dtype])
-    if not np.isfinite(rounded).all():
+    if not all_finite(rounded.reshape(-1)):
         raise beyond(strength, DTYPES[dtype])
     return rounded.tobytes()
 

@@ -8,10 +8,8 @@ one weight matrix.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from taia.adapter import Adapter
@@ -20,9 +18,8 @@ from taia.checkpoint import Tensor
 from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
 from taia.plan import Decision, Origin, Plan, stored_name
-from taia.writing import write_all
 
-__all__ = ["Blend", "Copy", "Merge", "Piece", "copy_range", "pieces"]
+__all__ = ["Blend", "Copy", "Merge", "Piece", "pieces"]
 
 BUFFER = 4 * 1024 * 1024
 
@@ -67,12 +64,18 @@ class Blend:
         """The stored tensors that are read, each with its folder."""
         return [(self.base_folder, self.base), (self.tuned_folder, self.tuned)]
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes in the dtype of the base."""
+    def chunks(self, first: int = 0, count: int = -1) -> Iterator[bytes]:
+        """The bytes in the dtype of the base; all, or those of `count` elements from `first`."""
         from taia.arrays import blended_chunks  # numpy only where something is computed
 
         return blended_chunks(
-            self.base_folder, self.base, self.tuned_folder, self.tuned, self.strength
+            self.base_folder / self.base.file,
+            self.base,
+            self.tuned_folder / self.tuned.file,
+            self.tuned,
+            self.strength,
+            first,
+            self.base.parameters - first if count == -1 else count,
         )
 
 
@@ -139,32 +142,6 @@ def _piece(plan: Plan, decision: Decision, module: Change | None, tuned: Tensor 
     assert module is not None
     assert isinstance(plan.tuned, Adapter)
     return Merge(plan.base.path, base, plan.tuned, module, decision.strength)
-
-
-def copy_range(source: FileIO, target: FileIO, start: int, length: int) -> None:
-    """Append `length` bytes of `source` from `start` to `target`, inside the kernel if it can.
-
-    Raises CheckpointError if the source ends before that.
-    """
-    left = length
-    while left:
-        try:
-            moved = os.copy_file_range(
-                source.fileno(), target.fileno(), min(left, 1 << 30), offset_src=start
-            )
-        except (AttributeError, OSError):  # another system, another file system, an old kernel
-            moved = _copy_through_memory(source, target, start, left)
-        if moved == 0:
-            raise _shrunk(Path(str(source.name)))
-        start += moved
-        left -= moved
-
-
-def _copy_through_memory(source: FileIO, target: FileIO, start: int, length: int) -> int:
-    source.seek(start)
-    chunk = source.read(min(BUFFER, length))
-    write_all(target, chunk)
-    return len(chunk)
 
 
 def _shrunk(path: Path) -> CheckpointError:

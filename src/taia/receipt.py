@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 from taia import __version__
 from taia.errors import CheckpointError, VerificationError
-from taia.files import atomic_write
 from taia.untrusted import open_regular
 
 __all__ = [
@@ -142,7 +141,8 @@ class Receipt:
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in tensors)
         rest = f'{head},\n "tensors": [\n{rows}\n ]\n}}\n'
         content = hashlib.sha256(rest.encode()).hexdigest()
-        atomic_write(folder / RECEIPT, f'{{\n "content": "{content}",{rest}')
+        text = f'{{\n "content": "{content}",{rest}'
+        (folder / RECEIPT).write_text(text, encoding="utf-8")  # the folder is not in its place yet
 
     @staticmethod
     def read(folder: Path) -> Receipt:

@@ -5,53 +5,41 @@ being decoded; neighbours in one file are copied in one go, inside the kernel. E
 base + strength * delta is computed in float32, a bounded chunk at a time. No torch, and
 memory does not grow with the model.
 
-The output keeps the base's shards and the order of their tensors; everything that is not
-weights (configuration, tokenizer, chat template) is the tuned model's.
+The output keeps the base's shards and the order of their tensors, unless a shard size is
+given; everything that is not weights (configuration, tokenizer, chat template) is the tuned
+model's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from io import FileIO
+from dataclasses import replace
 from pathlib import Path
 
 from taia.adapter import WEIGHTS, Adapter
-from taia.card import model_card
 from taia.checkpoint import SINGLE, Checkpoint
 from taia.downloads import Download
 from taia.errors import SourceError
-from taia.files import (
-    atomic_write,
-    check_room,
-    refuse_existing,
-    refuse_overlap,
-    staged_folder,
-)
+from taia.files import check_room, refuse_existing, refuse_overlap, staged_folder
+from taia.filling import fill
 from taia.hashing import ALGORITHM, with_digests
-from taia.pieces import Blend, Copy, Merge, Piece, copy_range, pieces
-from taia.plan import Origin, Plan, plan
+from taia.pieces import Copy, Piece, pieces
+from taia.plan import Plan, plan
 from taia.receipt import RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
-from taia.slicing import slice_adapter
+from taia.shards import Shard, parse_size, shards_of
 from taia.sources import Form, Source, resolve
 from taia.writing import (
     COMPANIONS,
     TOKENIZER_FILES,
     copy_companions,
-    header_digest,
-    header_of,
+    digest_of_bytes,
     record_of,
-    start_writing,
-    write_all,
     write_index,
 )
 
-__all__ = ["execute", "splice"]
-
-COPY_AT_ONCE = 16 * 1024 * 1024
-"""Bytes after which the disk is set to work and progress is told."""
+__all__ = ["Progress", "execute", "splice"]
 
 Progress = Callable[[int, int], None]
 """Told the bytes downloaded and written so far, and in all."""
@@ -65,6 +53,7 @@ def splice(
     *,
     merge: bool = False,
     hash: bool = False,  # noqa: A002  the name that the command line has
+    shard_size: str | int | None = None,
     overwrite: bool = False,
     keep_downloads: bool = False,
     on_progress: Progress | None = None,
@@ -72,16 +61,23 @@ def splice(
     """Write the model that keeps `keep` of the delta from `base` to `tuned`.
 
     Two checkpoints give a checkpoint. An adapter gives a sliced adapter, or with `merge`
-    a checkpoint. `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it can
-    be verified without the sources; with a remote model they are always stored. Of one, only
-    the bytes that are taken are downloaded, and not kept unless `keep_downloads` says so.
-    Raises a TaiaError, and leaves nothing at `out`.
+    a checkpoint. `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it
+    can be verified without the sources; with a remote model they are always stored. Of one,
+    only the bytes that are taken are downloaded, and not kept unless `keep_downloads` says so.
+    `shard_size` (bytes, or a text such as 5GB) cuts the
+    weights anew; without it the files are the base's. Raises a TaiaError, and leaves
+    nothing at `out`.
     """
     destination = Path(out)
     selection = Selection.parse(keep)
+    size = parse_size(str(shard_size)) if shard_size is not None else None
     refuse_existing(destination, overwrite=overwrite)
     found = resolve(tuned, headers_only=True)
     if found.form is Form.ADAPTER and not merge:
+        if size is not None:
+            raise SourceError(f"{found.text}: a sliced adapter is one file; --shard-size is not")
+        from taia.slicing import slice_adapter
+
         return slice_adapter(
             found, destination, selection, base=base, hash=hash, overwrite=overwrite
         )
@@ -90,9 +86,14 @@ def splice(
     planned = plan(base, found, selection)
     planned.refuse_faults()
     return execute(
-        planned, destination, hash=hash, overwrite=overwrite, keep_downloads=keep_downloads,
+        planned,
+        destination,
+        hash=hash,
+        shard_size=size,
+        overwrite=overwrite,
+        keep_downloads=keep_downloads,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
 
 
 def execute(
@@ -100,6 +101,7 @@ def execute(
     out: Path,
     *,
     hash: bool = False,  # noqa: A002
+    shard_size: int | None = None,
     overwrite: bool = False,
     keep_downloads: bool = False,
     on_progress: Progress | None = None,
@@ -108,26 +110,30 @@ def execute(
     SourceError if a remote model cannot be read.
     """
     refuse_overlap(out, planned.base.path, planned.tuned.path)
-    total = planned.totals["all"]
-    to_write = sum(total[origin.value] for origin in Origin)
-    check_room(out, to_write)
     parts = pieces(planned, fetched=False)
+    shards = shards_of(planned, parts, shard_size)
+    entries = _entries(planned, parts, shards)
+    to_write = sum(shard.size for shard in shards)
+    check_room(out, to_write)
     download = Download(planned, {name: part.reads for name, part in parts.items()})
     progress = _Counter(download.size + to_write, on_progress)
+    receipts: list[Receipt] = []
     with (
         download.fetched(out, to_write, progress.add, keep=keep_downloads),
         staged_folder(out, overwrite=overwrite) as folder,
     ):
-        entries: list[Entry] = []
-        for file in planned.base.files:
-            entries += _write_file(planned, parts, folder, file, progress)
-        if planned.base.files != (SINGLE,):
-            write_index(folder, entries)
+        fill(
+            folder,
+            shards,
+            parts,
+            meanwhile=lambda: receipts.append(
+                _write_the_rest(planned, folder, out.name, shards, entries)
+            ),
+            on_written=progress.add,
+        )
+        receipt = receipts[0]
         if hash or download.mirrors:
-            entries = with_digests(folder, entries)
-        _copy_companions(planned, folder)
-        atomic_write(folder / "README.md", model_card(planned, out.name))
-        receipt = _receipt(planned, folder, entries)
+            receipt = replace(receipt, tensors=with_digests(folder, entries))
         for source in (planned.base, planned.tuned):
             if isinstance(source, Checkpoint):
                 source.refuse_changed()
@@ -147,80 +153,41 @@ class _Counter:
             self.on_progress(self.done, self.total)
 
 
-def _write_file(
-    planned: Plan, parts: Mapping[str, Piece], folder: Path, file: str, progress: _Counter
-) -> list[Entry]:
-    """Write one shard, its tensors in the base's order, and say where each came from."""
+def _entries(planned: Plan, parts: Mapping[str, Piece], shards: Sequence[Shard]) -> list[Entry]:
+    """Where every tensor of the output will lie, and where it comes from."""
     decisions = {decision.name: decision for decision in planned.decisions}
-    tensors = [
-        planned.stored(decisions[name])
-        for name, tensor in planned.base.tensors.items()
-        if tensor.file == file
-    ]
-    header = header_of(tensors)
-    entries, position = [], len(header)
-    for tensor in tensors:
-        part, decision = parts[tensor.name], decisions[tensor.name]
-        entry = Entry(
-            name=tensor.name,
-            file=file,
-            start=position,
-            stop=position + tensor.bytes,
-            origin=decision.source.value,
-            strength=decision.strength,
-        )
-        if isinstance(part, Copy):
-            entry = dataclasses.replace(
-                entry,
-                from_file=part.tensor.file,
-                from_start=part.tensor.start,
-                from_stop=part.tensor.stop,
+    entries = []
+    for shard in shards:
+        for tensor in shard.tensors:
+            decision, part = decisions[tensor.name], parts[tensor.name]
+            source = part.tensor if isinstance(part, Copy) else None
+            entries.append(
+                Entry(
+                    name=tensor.name,
+                    file=shard.name,
+                    start=tensor.start,
+                    stop=tensor.stop,
+                    origin=decision.source.value,
+                    strength=decision.strength,
+                    from_file=source.file if source else None,
+                    from_start=source.start if source else None,
+                    from_stop=source.stop if source else None,
+                )
             )
-        entries.append(entry)
-        position = entry.stop
-    with (folder / file).open("wb", buffering=0) as target:
-        target.write(header)
-        for step in _steps([parts[tensor.name] for tensor in tensors]):
-            _carry_out(step, target, progress)
     return entries
 
 
-@dataclasses.dataclass(slots=True)
-class _Range:
-    """Bytes `[start, stop)` of a source file, of one tensor or of several neighbours."""
+def _write_the_rest(
+    planned: Plan, folder: Path, title: str, shards: Sequence[Shard], entries: list[Entry]
+) -> Receipt:
+    """Everything beside the weights; the receipt of both is returned, not yet written."""
+    from taia.card import model_card
 
-    path: Path
-    start: int
-    stop: int
-
-
-def _steps(parts: Sequence[Piece]) -> list[_Range | Blend | Merge]:
-    """Pieces in order, with copies that are neighbours in their source made one."""
-    steps: list[_Range | Blend | Merge] = []
-    for part in parts:
-        if not isinstance(part, Copy):
-            steps.append(part)
-            continue
-        path, last = part.folder / part.tensor.file, steps[-1] if steps else None
-        if isinstance(last, _Range) and (last.path, last.stop) == (path, part.tensor.start):
-            last.stop = part.tensor.stop
-        else:
-            steps.append(_Range(path, part.tensor.start, part.tensor.stop))
-    return steps
-
-
-def _carry_out(step: _Range | Blend | Merge, target: FileIO, progress: _Counter) -> None:
-    if isinstance(step, _Range):
-        with step.path.open("rb", buffering=0) as source:
-            for start in range(step.start, step.stop, COPY_AT_ONCE):
-                length = min(COPY_AT_ONCE, step.stop - start)
-                copy_range(source, target, start, length)
-                start_writing(target, length)
-                progress.add(length)
-        return
-    for chunk in step.chunks():
-        write_all(target, chunk)
-        progress.add(len(chunk))
+    if [shard.name for shard in shards] != [SINGLE]:
+        write_index(folder, entries)
+    _copy_companions(planned, folder)
+    (folder / "README.md").write_text(model_card(planned, title), encoding="utf-8")
+    return _receipt(planned, folder, shards, entries)
 
 
 def _copy_companions(planned: Plan, folder: Path) -> None:
@@ -230,7 +197,8 @@ def _copy_companions(planned: Plan, folder: Path) -> None:
         copy_companions(tuned, folder, COMPANIONS)
         if planned.config:
             config = {**planned.tuned.config, **planned.config}
-            atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            text = json.dumps(config, indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
         return
     # a tokenizer is one set of files: two mixed ones would be a third
     complete = (tuned / "tokenizer_config.json").is_file() and (tuned / "tokenizer.json").is_file()
@@ -239,21 +207,21 @@ def _copy_companions(planned: Plan, folder: Path) -> None:
     copy_companions(tuned, folder, TOKENIZER_FILES if complete else ("*.jinja",))
 
 
-def _receipt(planned: Plan, folder: Path, entries: list[Entry]) -> Receipt:
+def _receipt(planned: Plan, folder: Path, shards: Sequence[Shard], entries: list[Entry]) -> Receipt:
     tuned_files = (
         (WEIGHTS, "adapter_config.json")
         if isinstance(planned.tuned, Adapter)
         else planned.tuned.files
     )
-    weights = {entry.file for entry in entries}
-    others = [f.name for f in sorted(folder.iterdir()) if f.name not in weights | {RECEIPT}]
+    headers = {shard.name: digest_of_bytes(shard.header) for shard in shards}
+    others = [f.name for f in sorted(folder.iterdir()) if f.name not in {*headers, RECEIPT}]
     return Receipt(
         form="checkpoint",
         selection=str(planned.selection),
         base=record_of(planned.base.text, planned.base.path, planned.base.files),
         tuned=record_of(planned.tuned.text, planned.tuned.path, tuned_files),
         tensors=entries,
-        headers={file: header_digest(folder / file) for file in sorted(weights)},
+        headers=dict(sorted(headers.items())),
         files={name: digest_of(folder / name) for name in others},
         algorithm=ALGORITHM,
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
-from io import FileIO
 from pathlib import Path
 
 from taia.checkpoint import INDEX, Tensor
-from taia.files import atomic_write
+from taia.copying import BLOCK
 from taia.receipt import Entry, FileIdentity, SourceRecord, digest_of, identity
 from taia.remote import MIRROR_MARKER
 from taia.untrusted import refuse_stray_link
@@ -20,11 +19,10 @@ __all__ = [
     "COMPANIONS",
     "TOKENIZER_FILES",
     "copy_companions",
+    "digest_of_bytes",
     "header_digest",
     "header_of",
     "record_of",
-    "start_writing",
-    "write_all",
     "write_index",
 ]
 
@@ -41,8 +39,12 @@ COMPANIONS = (
 """Files beside the weights that belong to a model, by the names that transformers gives them."""
 
 
-def header_of(tensors: Iterable[Tensor]) -> bytes:
-    """The head of a safetensors file that holds `tensors` one after the other."""
+def header_of(tensors: Iterable[Tensor], place: int = 0) -> bytes:
+    """The head of a safetensors file that holds `tensors` one after the other.
+
+    Its end, where the data begin, lies at `place` within a block of the file system, so
+    that a source with its data at the same place can share its blocks.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -53,7 +55,7 @@ def header_of(tensors: Iterable[Tensor]) -> bytes:
         }
         position += tensor.bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    text += b" " * ((place - 8 - len(text)) % BLOCK)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -63,7 +65,7 @@ def write_index(folder: Path, entries: Sequence[Entry]) -> None:
         "metadata": {"total_size": sum(entry.stop - entry.start for entry in entries)},
         "weight_map": {entry.name: entry.file for entry in sorted(entries, key=lambda e: e.name)},
     }
-    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(
@@ -94,22 +96,13 @@ def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
     return SourceRecord(text, str(path.absolute()), {file: identity(path / file) for file in files})
 
 
+def digest_of_bytes(data: bytes) -> str:
+    """The SHA-256, in hex, of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def header_digest(path: Path) -> str:
     """The SHA-256 of a safetensors file's head: its length field and its JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     return digest_of(path, 8 + length)
-
-
-def write_all(target: FileIO, data: bytes) -> None:
-    """Write every byte; an unbuffered file may take fewer at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
-
-
-def start_writing(target: FileIO, length: int) -> None:
-    """Let the disk begin with the last `length` bytes, so that the final fsync has less to do."""
-    if hasattr(os, "posix_fadvise"):  # Linux starts the writeback of dirty pages on this advice
-        start = target.tell() - length
-        os.posix_fadvise(target.fileno(), start, length, os.POSIX_FADV_DONTNEED)

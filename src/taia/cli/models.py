@@ -46,6 +46,9 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
         "--keep-downloads", action="store_true",
         help="leave what was downloaded of remote models in the cache",
     )  # fmt: skip
+    parser.add_argument(
+        "--shard-size", metavar="SIZE", help="cut the weights anew, as in 5GB; else as the base's"
+    )
     add_overwrite(parser)
     add_json(parser)
 
@@ -62,6 +65,7 @@ def splice(options: argparse.Namespace) -> None:
             options.keep,
             merge=options.merge,
             hash=options.hash,
+            shard_size=options.shard_size,
             overwrite=options.overwrite,
             keep_downloads=options.keep_downloads,
             on_progress=on_progress,
