@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from taia.changes import PREFIX, Change, Shapes
 from taia.checkpoint import FLOATS, Tensor, read_header
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
+from taia.experts import EXPERTS_PARTS, expert_changes
 from taia.files import read_json
 from taia.kinds import Address, classify_all, classify_by_agreement
 from taia.lora import LORA_PARTS, LoraModule, lora_changes
@@ -45,11 +46,13 @@ WEIGHTS = "adapter_model.safetensors"
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What families call their number of layers in config.json."""
 
-PARTS = {"LORA": LORA_PARTS, "LOHA": LOHA_PARTS, "LOKR": LOKR_PARTS, "IA3": IA3_PARTS}
+PARTS = {"LORA": LORA_PARTS, "LOHA": LOHA_PARTS, "LOKR": LOKR_PARTS, "IA3": IA3_PARTS,
+         "MOLORA": EXPERTS_PARTS}  # fmt: skip
 MARKS = re.compile(r"(^|\.)(lora_|hada_|lokr_|ia3_)")
 TRAINING_ONLY = ".lora_velora_embed"
 MAKERS: dict[str, Any] = {
     "LORA": lora_changes, "LOHA": low_rank_changes, "LOKR": low_rank_changes, "IA3": ia3_changes,
+    "MOLORA": expert_changes,
 }  # fmt: skip
 """By method: the names of a module's tensors, and what makes changes of them. MARKS are what
 the names of all their tensors have."""
@@ -68,7 +71,7 @@ class Adapter:
 
     @property
     def method(self) -> str:
-        """How the method is written: LoRA, LoHa, LoKr or IA3."""
+        """How the method is written: LoRA, MoLoRA, LoHa, LoKr or IA3."""
         return METHODS[self.settings.peft_type]
 
     def of(self, model_type: str | None, shapes: Shapes | None = None) -> Adapter:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from taia.adapter import Adapter, addresses_of, kept_strengths, read_adapter
 from taia.errors import MismatchError, TaiaError
+from taia.experts import Experts
 from taia.lora import LoraBias
 from taia.selection import Selection
 from taia.sources import Source
@@ -173,6 +174,10 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Switch], dict[str, 
     """Switches by weight and wrapped whole modules by name, exactly those that the file holds."""
     from peft import PeftModel
 
+    if any(isinstance(change, Experts) for change in adapter.modules.values()):
+        from taia.molora import register
+
+        register()
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers for a property by its old name

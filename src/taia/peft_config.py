@@ -20,7 +20,7 @@ from taia.errors import CheckpointError, SourceError
 
 __all__ = ["INERT", "METHODS", "OTHER_METHODS", "READ", "REFUSED", "Settings", "read_settings"]
 
-METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA3"}
+METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA3", "MOLORA": "MoLoRA"}
 """The methods whose deltas are computed here, and how they are written."""
 
 READ = {
@@ -33,6 +33,9 @@ READ = {
     "LOKR": {"alpha", "alpha_pattern", "modules_to_save", "r", "rank_pattern", "target_modules"},
     "IA3": {"fan_in_fan_out", "feedforward_modules", "modules_to_save", "target_modules"},
 }  # fmt: skip
+READ["MOLORA"] = READ["LORA"] - {"lora_bias", "use_dora"} | {
+    "experts", "experts_per_token", "expert_modules",
+}  # fmt: skip
 """Settings by method that say what the delta is, or where."""
 
 INERT = {
@@ -42,8 +45,8 @@ INERT = {
     # which modules were trained: the names in the file say it
     "exclude_modules", "layers_pattern", "layers_to_transform",
     # training only
-    "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "runtime_config",
-    "velora_config",
+    "expert_dropout", "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout",
+    "runtime_config", "velora_config",
     # how the factors began; the ways that also change the base are refused by init_lora_weights
     "corda_config", "eva_config", "init_ia3_weights", "init_weights", "loftq_config",
     "lora_ga_config",
@@ -113,6 +116,9 @@ class Settings:
     feedforward_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    experts: int = 1
+    experts_per_token: int = 1
+    expert_modules: list[str] | None = None
     base_model_name_or_path: str | None = None
 
     def scale(self, name: str, rank: int | None = None) -> float:
@@ -125,6 +131,12 @@ class Settings:
         alpha = _matched(self.alpha_pattern, name, fallback)
         rank = self.rank(name) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def experts_of(self, name: str) -> int:
+        """How many routed experts a module has by the settings; 0 is plain LoRA."""
+        modules = self.expert_modules or ()
+        has = any(name == module or name.endswith(f".{module}") for module in modules)
+        return self.experts if has else 0
 
     def rank(self, name: str) -> int:
         """The rank that the settings give a module."""
@@ -203,6 +215,9 @@ def _value_faults(settings: Settings, config: Mapping[str, Any]) -> list[str]:
     faults = [f"{k}: {a} is no finite number" for k, a in alphas.items() if not math.isfinite(a)]
     ranks = {"r": settings.r, **(settings.rank_pattern or {})}
     faults += [f"{k}: a rank of {rank}" for k, rank in ranks.items() if rank < 1]
+    if not 1 <= settings.experts_per_token <= settings.experts:
+        told = f"{settings.experts_per_token} of {settings.experts} experts per token"
+        faults.append(f"experts_per_token: {told} cannot be chosen")
     for name, patterns in (("alpha", settings.alpha_pattern), ("rank", settings.rank_pattern)):
         for pattern in patterns or {}:
             try:

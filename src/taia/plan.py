@@ -22,6 +22,7 @@ from taia.changes import Shapes
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import MismatchError
+from taia.experts import NO_DELTA, Experts
 from taia.kinds import Address, Kind, classify_all
 from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
@@ -199,6 +200,8 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
                 tied = not isinstance(lora.get(name), TokenRows)  # those change both ends
                 tied = tied and _is_tied(base, tensor, addresses.values())
                 faults += _merge_faults(base, tensor, shape, address, tied=tied)
+        if strength != 0 and isinstance(lora.get(name), Experts):
+            faults.append(f"{name}: {NO_DELTA}")
         if strength != 0 and (name in lora or name in whole):
             exact = name in whole and strength == 1 and whole[name].dtype == tensor.dtype
             origin = Origin.TUNED if exact else Origin.BLEND

@@ -31,6 +31,7 @@ from taia.card import card
 from taia.changes import Change, Shapes, Sliced, stored
 from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
+from taia.experts import Experts
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
 from taia.hashing import ALGORITHM, with_digests
 from taia.kinds import Address
@@ -169,7 +170,8 @@ def _kept_tensors(adapter: Adapter, strengths: Mapping[str, float]) -> Sliced:
 
 
 def _rank(changes: Iterable[Change]) -> int:
-    return max((c.rank for c in changes if isinstance(c, LoraModule | StackedModule)), default=1)
+    ranked = (c for c in changes if isinstance(c, LoraModule | StackedModule | Experts))
+    return max((change.rank for change in ranked), default=1)
 
 
 def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[st
     changes = [change for weight, change in adapter.modules.items() if strengths[weight] != 0]
     whole = [name for name in adapter.whole if strengths[name] != 0]
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    dropouts = ("lora_dropout", "rank_dropout", "module_dropout")
+    dropouts = ("lora_dropout", "rank_dropout", "module_dropout", "expert_dropout")
     targets = _targets(adapter, changes)
     config = dict(adapter.config) | {
         "inference_mode": True,
@@ -194,8 +196,10 @@ def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[st
         patterns = config.get(key) or {}
         if patterns:
             config[key] = {p: value for p, value in patterns.items() if _matches(p, changes)}
-    if adapter.settings.peft_type == "LORA":
+    if adapter.settings.peft_type in ("LORA", "MOLORA"):
         config |= _lora_config(adapter, changes, whole)
+    if not any(isinstance(change, Experts) for change in changes):
+        config = _without_experts(config)
     if adapter.settings.peft_type == "IA3":  # PEFT wants these to be targets themselves
         inputs = {c.name for c in changes if isinstance(c, Ia3Vector) and c.inputs}
         config["feedforward_modules"] = [
@@ -203,6 +207,14 @@ def portable_config(adapter: Adapter, strengths: Mapping[str, float]) -> dict[st
             if any(module == name or module.endswith(f".{name}") for module in inputs)
         ]  # fmt: skip
     return config
+
+
+def _without_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """A MoLoRA adapter of which no mixture is left is plain LoRA."""
+    if config["peft_type"] != "MOLORA":
+        return config
+    own = ("experts", "experts_per_token", "expert_modules", "expert_dropout")
+    return {key: value for key, value in config.items() if key not in own} | {"peft_type": "LORA"}
 
 
 def _matches(pattern: str, changes: Iterable[Change]) -> bool:
@@ -289,7 +301,7 @@ def _body(
     ]
     head = ["| kind | modules kept | modules dropped |", "|---|---:|---:|"]
     note = f"A {adapter.method} adapter for PEFT; its strengths are part of the tensors."
-    if adapter.settings.peft_type == "LORA":
+    if adapter.settings.peft_type in ("LORA", "MOLORA"):
         note = "Scales are part of the weights: alpha equals the rank."
     return "\n".join([*head, *rows, "", note])
 

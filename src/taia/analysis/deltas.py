@@ -7,7 +7,8 @@ the product B A is never formed: with s the scale,
     ||s B A||_F^2 = s^2 tr(A^T B^T B A) = s^2 sum((B^T B) * (A A^T)),
 
 two products of rank by rank. DoRA and whole tensors are compared with the base weights
-themselves, and full checkpoints tensor by tensor, a bounded piece at a time.
+themselves, and full checkpoints tensor by tensor, a bounded piece at a time. A mixture of LoRA
+experts has no delta; told is the root of the mean square over what its experts would each add.
 
 Limits: tensors of different towers at the same (kind, layer, projection) are added up.
 No torch; memory is one module for an adapter, and a few MiB for a checkpoint.
@@ -28,6 +29,7 @@ from taia.arrays import CHUNK, Array, read_array, widen
 from taia.changes import Change
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.errors import MismatchError, SourceError
+from taia.experts import Experts
 from taia.files import atomic_write
 from taia.kinds import Address, classify_all
 from taia.lora import LoraModule
@@ -114,6 +116,9 @@ def _adapter_pieces(adapter: Adapter, base: Source) -> Iterator[_Piece]:
 def _module_square(
     adapter: Adapter, module: Change, checkpoint: Checkpoint | None, weight: Tensor | None
 ) -> float:
+    if isinstance(module, Experts):
+        pairs = module.factors(adapter.path)
+        return sum(factored_norm(*pair, module.scale) for pair in pairs) / len(pairs)
     if isinstance(module, LoraModule) and module.magnitude is None:
         return factored_norm(*adapter.factors(module), module.scale)
     assert checkpoint is not None
