@@ -105,14 +105,16 @@ def test_log_lines(straight):
     assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(lines))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "molora"])
 def test_resume_gives_the_same_bits(method, base, data, tmp_path, straight):
     import torch
 
     options = FAST | {"method": method, "save_steps": 3}
-    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    if method == "molora":
+        options |= {"balance": 0.1, "expert_dropout": 0.2, "penalty": {"l2": 0.01, "kl": 0.1}}
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     whole = straight.out if method == "lora" else tmp_path / "whole"
-    if method == "full":
+    if method != "lora":
         finetune(base, data, whole, **options)
     with pytest.raises(StopError):
         finetune(base, data, tmp_path / "halves", on_progress=stopper(5), **options)
@@ -185,6 +187,51 @@ def test_overwrite_replaces(base, data, tmp_path):
     finetune(base, data, tmp_path, overwrite=True, max_steps=1, **FAST)
     assert not (tmp_path / "letter.txt").exists()
     assert (tmp_path / "train.json").exists()
+
+
+PLACES = {
+    "attention": "self_attn",
+    "ffn[1]": "layers.1.mlp",
+    "attention[0] + ffn[1]": ("layers.0.self_attn", "layers.1.mlp"),
+}
+"""Selections, and what stands in the names of what they select."""
+
+
+@pytest.mark.parametrize("train", PLACES)
+@pytest.mark.parametrize("method", ["lora", "molora", "dora", "full"])
+def test_only_what_is_selected_changes(method, train, base, data, tmp_path):
+    """Every tensor of the model in memory, before and after three steps."""
+    import torch
+
+    from taia.load import load_tokenizer
+    from taia.sources import resolve
+    from taia.training.data import encode_all, read_chats
+    from taia.training.loop import make_trainer, run_trainer
+    from taia.training.ready import make_ready
+    from taia.training.settings import Settings
+
+    options = FAST | {"method": method, "train": train}
+    if (method, train) == ("molora", "attention"):
+        with pytest.raises(RecipeError, match="no feed-forward layer"):
+            finetune(base, data, tmp_path / "o", **options)
+        return
+    settings, tokenizer = Settings(base=str(base), data=str(data), **options), load_tokenizer(base)
+    made = make_ready(settings, resolve(base).form, tokenizer)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    examples = encode_all(read_chats(data), tokenizer, 64).examples[:12]
+    trainer = make_trainer(
+        made.model, examples, settings, tmp_path, padding=0, save_steps=9, additions=made.additions
+    )
+    run_trainer(trainer, None)
+    places = PLACES[train] if isinstance(PLACES[train], tuple) else (PLACES[train],)
+    after = dict(made.model.named_parameters())
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    added = {name for name in before if "lora_" in name}
+    assert all(any(place in name for place in places) for name in changed | added)
+    if method == "full":
+        assert len(changed) == sum(any(place in name for place in places) for name in before)
+    else:  # a router is not moved by the task alone where a token takes one expert
+        assert changed == {name for name in added if "router" not in name}
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,24 @@ from peft.utils import PeftType
 
 import taia
 from taia.adapter import read_adapter
+from taia.molora import MoLoraConfig, register
 from taia.peft_config import INERT, METHODS, OTHER_METHODS, READ, REFUSED
 
 # PEFT says so each time an adapter is saved for a base that is not on the hub
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
-CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig, "IA3": IA3Config}
+register()
+CONFIGS = {
+    "LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig, "IA3": IA3Config,
+    "MOLORA": MoLoraConfig,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_every_field_is_read_inert_or_refused(method):
     fields = {f.name for f in dataclasses.fields(CONFIGS[method])}
-    refused = set(REFUSED) if method == "LORA" else set()
+    refused = set(REFUSED) if method in ("LORA", "MOLORA") else set()
+    refused |= {"lora_bias", "use_dora"} if method == "MOLORA" else set()
     assert fields <= READ[method] | INERT | refused
     assert READ[method] <= fields
     assert not READ[method] & INERT

@@ -64,6 +64,7 @@ class Cell:
     out: Path
     base: str
     train_data: str | None
+    fisher_data: str | None
     eval_data: str | None
     change: str
 
@@ -137,6 +138,7 @@ def _cell(recipe: Recipe, beside: Path, out: Path) -> Cell:
         out=out,
         base=place(recipe.base, beside),
         train_data=place(train.data, beside) if train else None,
+        fisher_data=place(train.fisher_data, beside) if train and train.fisher_data else None,
         eval_data=str(beside / place(data, beside)) if data is not None else None,
         change=place(given, beside) if given else str(out / "train"),
     )
@@ -171,12 +173,15 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     _check_selections(cell, [variant.selection for variant in variants])
     if stated.train is not None:
         assert cell.train_data is not None
-        options = _training_options(stated)
+        options = _training_options(cell)
         if options.pop("save_steps") < 1:
             raise RecipeError("train.save_steps: at least 1 is needed")
         Settings(base=cell.base, data=cell.train_data, **options).check()
         chats = read_chats(cell.train_data, max_examples=stated.train.max_examples)
         inputs["training data"] = digest(cell.train_data, chats)
+        if cell.fisher_data is not None:
+            chats = read_chats(cell.fisher_data, max_examples=stated.train.fisher_examples)
+            inputs["fisher data"] = digest(cell.fisher_data, chats)
     else:
         form = {"adapter": cell.change if cell.is_adapter else None}
         form["tuned"] = None if cell.is_adapter else cell.change
@@ -242,7 +247,7 @@ def _train(cell: Cell, _: Console) -> None:
     assert cell.train_data is not None
     finetune(
         cell.base, cell.train_data, cell.out / "train", resume=True,
-        **_training_options(cell.recipe),
+        **_training_options(cell),
     )  # fmt: skip
 
 
@@ -285,13 +290,13 @@ def _report(cell: Cell, _: Console) -> None:
     report(cell.out)
 
 
-def _training_options(recipe: Recipe) -> dict[str, Any]:
+def _training_options(cell: Cell) -> dict[str, Any]:
     """The keyword arguments of `finetune` that a recipe states."""
-    assert recipe.train is not None
-    options = recipe.train.model_dump(exclude={"data"})
+    assert cell.recipe.train is not None
+    options = cell.recipe.train.model_dump(exclude={"data"})
     if options["seed"] is None:
-        options["seed"] = recipe.seed
-    return options
+        options["seed"] = cell.recipe.seed
+    return options | {"fisher_data": cell.fisher_data, "penalty": options["penalty"] or {}}
 
 
 def _differences(lock: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,13 @@ class Train(_Part):
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.05
+    experts: int = 4
+    experts_per_token: int = 1
+    balance: float = 0.0
+    expert_dropout: float = 0.0
+    penalty: dict[str, float] | None = None
+    fisher_data: str | None = None
+    fisher_examples: int = 64
     learning_rate: float = 2e-4
     epochs: float = 1.0
     max_steps: int | None = None

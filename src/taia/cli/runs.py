@@ -28,11 +28,21 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     _add_base(parser)
     add("--data", required=True, help="a JSON Lines file, a folder, or a hub dataset id")
     add("--out", required=True, type=Path, help="the folder of the adapter or model")
-    add("--method", default="lora", help="lora (default) or full")
+    add("--method", default="lora", help="lora (default), molora, dora or full")
     add("--train", metavar="SELECTION", default="all", help="what is trained (default: all)")
     add("--rank", type=int, default=16, help="LoRA rank (default: 16)")
     add("--alpha", type=float, default=32, help="LoRA alpha (default: 32)")
     add("--dropout", type=float, default=0.05, help="LoRA dropout (default: 0.05)")
+    add("--experts", type=int, default=4, help="molora: experts on a layer (default: 4)")
+    add("--experts-per-token", type=int, default=1, help="molora: of which a token takes (1)")
+    add("--balance", type=float, default=0.0, help="molora: load-balancing loss (default: 0)")
+    add("--expert-dropout", type=float, default=0.0, help="molora: (default: 0)")
+    add(
+        "--penalty", metavar="NAME=STRENGTH", type=_strength, action="append", default=[],
+        help="hold the fine-tune near the base: l2, ewc or kl; may be given several times",
+    )  # fmt: skip
+    add("--fisher-data", help="ewc: chats that tell what matters to the base")
+    add("--fisher-examples", type=int, default=64, help="ewc: the first so many (default: 64)")
     add("--learning-rate", type=float, default=2e-4, help="peak learning rate (default: 2e-4)")
     add("--epochs", type=float, default=1.0, help="passes over the data (default: 1)")
     add("--max-steps", type=int, help="stop after so many steps")
@@ -49,6 +59,15 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _strength(text: str) -> tuple[str, float]:
+    """`l2=0.1` as a name and a number."""
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=STRENGTH, as in l2=0.1") from None
+
+
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a model on chats. Defaults are the paper's; loss on the assistant's tokens."""
     import dataclasses
@@ -58,6 +77,10 @@ def train(options: argparse.Namespace) -> None:
     result = finetune(
         options.base, options.data, options.out, method=options.method, train=options.train,
         rank=options.rank, alpha=options.alpha, dropout=options.dropout,
+        experts=options.experts, experts_per_token=options.experts_per_token,
+        balance=options.balance, expert_dropout=options.expert_dropout,
+        penalty=dict(options.penalty), fisher_data=options.fisher_data,
+        fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
         batch_size=options.batch_size, max_length=options.max_length,
         max_examples=options.max_examples, save_steps=options.save_steps, seed=options.seed,

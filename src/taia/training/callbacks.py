@@ -28,7 +28,9 @@ __all__ = ["Interrupt", "LogLine", "Recorder", "as_callback", "progress_bar", "r
 
 LogLine = Mapping[str, float]
 """One line of log.jsonl: step, steps, loss, learning_rate, grad_norm, epoch, tokens, seconds,
-tokens_per_second."""
+tokens_per_second; with penalties or experts also what `taia.training.objective` tells."""
+
+KNOWN = ("loss", "learning_rate", "grad_norm", "epoch")
 
 
 class Recorder:
@@ -81,6 +83,7 @@ class Recorder:
                 (self.tokens[step - 1] - before) / max(now - self.last, 1e-9), 1
             ),
         }
+        line |= {name: value for name, value in values.items() if name not in KNOWN}
         self.last = now
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:

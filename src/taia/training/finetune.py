@@ -1,4 +1,4 @@
-"""Fine-tuning: LoRA or all weights, over transformers' Trainer and PEFT.
+"""Fine-tuning: LoRA, MoLoRA, DoRA or all weights, over transformers' Trainer and PEFT.
 
 One function, `finetune`, from a base model and a file of chats to a folder with an
 adapter or a full model. Its defaults are the settings of the TAIA paper
@@ -21,26 +21,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import OutputError, RecipeError
-from taia.load import load_model, load_tokenizer, quiet_transformers, require_chat_template
-from taia.selection import Selection
-from taia.sources import Form, resolve
+from taia.load import load_tokenizer, quiet_transformers, require_chat_template
+from taia.sources import resolve
 from taia.training import folder
 from taia.training.batches import training_order
 from taia.training.callbacks import Interrupt, LogLine, Recorder, as_callback, progress_bar
 from taia.training.data import Encoded, digest, encode_all, read_chats
 from taia.training.loop import make_trainer, run_trainer
+from taia.training.ready import Ready, make_ready
 from taia.training.settings import Settings
-from taia.training.trainable import add_lora, freeze_rest
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TrainResult", "finetune"]
 
@@ -84,6 +82,13 @@ def finetune(
     seed: int = 0,
     max_examples: int | None = None,
     dtype: str = "bfloat16",
+    experts: int = 4,
+    experts_per_token: int = 1,
+    balance: float = 0.0,
+    expert_dropout: float = 0.0,
+    penalty: Mapping[str, float] | None = None,
+    fisher_data: str | Path | None = None,
+    fisher_examples: int = 64,
     save_steps: int = 100,
     resume: bool = False,
     overwrite: bool = False,
@@ -120,6 +125,13 @@ def finetune(
         seed=seed,
         max_examples=max_examples,
         dtype=dtype,
+        experts=experts,
+        experts_per_token=experts_per_token,
+        balance=balance,
+        expert_dropout=expert_dropout,
+        penalty=dict(penalty or {}),
+        fisher_data=None if fisher_data is None else str(fisher_data),
+        fisher_examples=fisher_examples,
     )
     settings.check()
     if save_steps < 1:
@@ -132,7 +144,9 @@ def finetune(
             raise folder.other_data(target, settings)
         return _result(target, done)
     run = _prepare(settings)
-    checkpoint = folder.start(target, settings, run.digest, resume=resume)
+    checkpoint = folder.start(
+        target, settings, run.digest, resume=resume, fisher=run.ready.fisher_name
+    )
     try:
         return _train(run, target, checkpoint, save_steps, on_progress)
     except OSError as error:
@@ -144,9 +158,8 @@ class _Run:
     """Everything that training needs, loaded and checked."""
 
     settings: Settings
-    model: PreTrainedModel
+    ready: Ready
     tokenizer: PreTrainedTokenizerBase
-    stored_dtype: torch.dtype
     data: Encoded
     digest: str
     order: list[int]
@@ -174,38 +187,14 @@ def _prepare(settings: Settings) -> _Run:
     data = encode_all(chats, tokenizer, settings.max_length)
     lengths = [len(example["input_ids"]) for example in data.examples]
     total = settings.total(len(lengths))
-    model, stored = _model(settings, source.form)
     return _Run(
         settings=settings,
-        model=model,
+        ready=make_ready(settings, source.form, tokenizer),
         tokenizer=tokenizer,
-        stored_dtype=stored,
         data=data,
         digest=digest(settings.data, chats),
         order=training_order(lengths, settings.batch_size, total, settings.seed),
     )
-
-
-def _model(settings: Settings, form: Form) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model with its trainable parameters set, and the dtype it is stored in."""
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    train = str(Selection.parse(settings.train))
-    if settings.method == "full":
-        stored = "bfloat16" if form is Form.GGUF else "auto"
-        model = load_model(settings.base, dtype=stored)
-        dtype = model.dtype
-        model = model.float()
-        freeze_rest(model, train)
-    else:
-        model = load_model(settings.base, dtype=settings.dtype)
-        dtype = model.dtype
-        model = add_lora(
-            model, train, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout
-        )
-    model.config.use_cache = False
-    return model.train(), dtype
 
 
 def _train(
@@ -227,12 +216,13 @@ def _train(
             on_progress=on_progress or bar,
         )
         trainer = make_trainer(
-            run.model,
+            run.ready.model,
             [run.data.examples[number] for number in run.order],
             run.settings,
             out / folder.CHECKPOINTS,
             padding=run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
             save_steps=save_steps,
+            additions=run.ready.additions,
         )
         trainer.add_callback(as_callback(recorder if _is_main() else None, interrupt))
         run_trainer(trainer, checkpoint)
@@ -250,12 +240,13 @@ def _train(
 def _finished(run: _Run, out: Path) -> Path:
     """The adapter or model with its tokenizer, in a folder beside the checkpoints."""
     finished = out / folder.CHECKPOINTS / "finished"
+    model: Any = run.ready.model
     if run.settings.method == "full":
-        run.model.config.use_cache = True
-        run.model.to(run.stored_dtype).save_pretrained(finished)
+        model.config.use_cache = True
+        model.to(run.ready.stored_dtype).save_pretrained(finished)
     else:
-        run.model.peft_config["default"].base_model_name_or_path = run.settings.base
-        run.model.save_pretrained(finished, save_embedding_layers=False)
+        model.peft_config["default"].base_model_name_or_path = run.settings.base
+        model.save_pretrained(finished, save_embedding_layers=False)
         (finished / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
     run.tokenizer.save_pretrained(finished)
     return finished
@@ -276,6 +267,7 @@ def _record(run: _Run, recorder: Recorder) -> dict[str, Any]:
             "dropped": run.data.dropped,
         },
         "settings": asdict(settings),
+        **run.ready.facts,
         "steps": run.steps,
         "tokens": int(last["tokens"]),
         "seconds": last["seconds"],

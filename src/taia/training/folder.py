@@ -33,6 +33,7 @@ LOG = "log.jsonl"
 RECORD = "train.json"
 SETTINGS = "settings.json"
 DIGEST = "sha256 of the data"
+FISHER = "fisher information"
 
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 """Files that the Trainer writes last; a checkpoint without one of them was cut off."""
@@ -67,21 +68,29 @@ def check(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> di
     return None
 
 
-def start(out: Path, settings: Settings, digest: str, *, resume: bool) -> Path | None:
+def start(
+    out: Path, settings: Settings, digest: str, *, resume: bool, fisher: str | None = None
+) -> Path | None:
     """Make the folder ready; the checkpoint to go on from, if resuming and there is one.
 
-    `digest` is that of the data. Raises RecipeError when it was another one before.
+    `digest` is that of the data, `fisher` names the Fisher information by its content. Raises
+    RecipeError when one was another before.
     """
     before = read_json(out / SETTINGS) if resume and (out / SETTINGS).is_file() else {}
     if before.get(DIGEST, digest) != digest:
         raise other_data(out, settings)
+    if before.get(FISHER, fisher) != fisher:
+        raise RecipeError(
+            f"{out}: was started with another Fisher information: the base or "
+            f"{settings.fisher_data} has changed since. Start anew in another folder or with "
+            "--overwrite"
+        )
     try:
         if not resume and out.exists():
             shutil.rmtree(out)  # empty, or the user asked for it: `check` saw to that
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        atomic_write(
-            out / SETTINGS, json.dumps(asdict(settings) | {DIGEST: digest}, indent=2) + "\n"
-        )
+        stored = asdict(settings) | {DIGEST: digest, FISHER: fisher}
+        atomic_write(out / SETTINGS, json.dumps(stored, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     return _last_checkpoint(out) if resume else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from taia.errors import RecipeError
 from taia.training.batches import collate, micro_batch
 from taia.training.data import Example
+from taia.training.objective import Additions, make_trainer_class
 from taia.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,16 +29,16 @@ def make_trainer(
     *,
     padding: int,
     save_steps: int,
+    additions: Additions,
 ) -> Trainer:
     """A Trainer that goes through `examples` once, in the order given.
 
-    `padding`: the token id that fills short rows. Raises RecipeError when the batch
-    cannot be shared out among the processes.
+    `padding`: the token id that fills short rows. `additions`: what the loss has beside the
+    task's. Raises RecipeError when the batch cannot be shared out among the processes.
     """
-    from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
-    trainer = Trainer(
+    trainer = make_trainer_class(additions)(
         model=model,
         args=_arguments(model, examples, settings, checkpoints, save_steps),
         train_dataset=examples,
@@ -114,6 +115,8 @@ def _shares(
         raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world} processes")
     longest = max(len(example["input_ids"]) for example in examples)
     vocabulary = model.config.get_text_config().vocab_size
+    if "kl" in settings.penalty:
+        vocabulary *= 2  # the logits of the base are there as well
     part = settings.per_device_batch_size or micro_batch(share, longest, vocabulary)
     if share % part:
         raise RecipeError(f"{share} examples a process are no multiple of {part} per device")

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.adapter import WEIGHTS, read_adapter
+from taia.changes import PREFIX
 from taia.errors import CheckpointError, SourceError
 from taia.files import atomic_write, read_json, refuse_existing, staged_folder
-from taia.lora import PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor

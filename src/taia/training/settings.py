@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from taia.errors import RecipeError, SelectionError, nearest
@@ -12,7 +12,8 @@ from taia.selection import Selection
 
 __all__ = ["Settings"]
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "molora", "dora", "full")
+PENALTIES = ("l2", "ewc", "kl")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("bfloat16", "float32")
 
@@ -24,6 +25,12 @@ class Settings:
     `batch_size` is the number of examples in one step over all devices;
     `per_device_batch_size` how many of them are in memory at once (None: as many
     as fit). `epochs` counts unless `max_steps` is given. `train` is a selection.
+
+    Of method molora: `experts` LoRAs of `rank` on each FFN projection, of which a token takes
+    `experts_per_token`; `balance`, the strength of the load-balancing loss; `expert_dropout`,
+    how likely a token cannot take an expert. `penalty` has strengths of `l2`, `ewc` and `kl`
+    (`taia.training.penalties`); EWC is estimated on the first `fisher_examples` chats of
+    `fisher_data`.
     """
 
     base: str
@@ -33,6 +40,13 @@ class Settings:
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.05
+    experts: int = 4
+    experts_per_token: int = 1
+    balance: float = 0.0
+    expert_dropout: float = 0.0
+    penalty: Mapping[str, float] = field(default_factory=dict)
+    fisher_data: str | None = None
+    fisher_examples: int = 64
     learning_rate: float = 2e-4
     epochs: float = 1.0
     max_steps: int | None = None
@@ -48,7 +62,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise RecipeError with every setting that states nothing runnable."""
-        faults = [*self._words(), *self._numbers()]
+        faults = [*self._words(), *self._numbers(), *self._experts(), *self._penalties()]
         try:
             if not Selection.parse(self.train).terms:
                 faults.append(f"train {self.train!r}: selects nothing to train")
@@ -82,7 +96,7 @@ class Settings:
         ]
 
     def _numbers(self) -> list[str]:
-        positive = ["rank", "alpha", "learning_rate", "epochs", "batch_size"]
+        positive = ["rank", "alpha", "learning_rate", "epochs", "batch_size", "fisher_examples"]
         optional = ["max_steps", "max_examples", "per_device_batch_size"]
         positive += [name for name in optional if getattr(self, name) is not None]
         faults = [
@@ -90,12 +104,18 @@ class Settings:
             for name in positive
             if not 0 < getattr(self, name) < math.inf
         ]
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        faults += [
+            f"{name} is {getattr(self, name)}: it must be at least 0 and below 1"
+            for name in ("dropout", "expert_dropout")
+            if not 0 <= getattr(self, name) < 1
+        ]
         if not 0 <= self.warmup_ratio <= 1:
             faults.append(f"warmup_ratio is {self.warmup_ratio}: it must be between 0 and 1")
-        if not 0 <= self.weight_decay < math.inf:
-            faults.append(f"weight_decay is {self.weight_decay}: it must be at least 0")
+        faults += [
+            f"{name} is {getattr(self, name)}: it must be at least 0 and finite"
+            for name in ("weight_decay", "balance")
+            if not 0 <= getattr(self, name) < math.inf
+        ]
         if self.max_length < 2:
             faults.append(f"max_length is {self.max_length}: it must be at least 2")
         if not 0 <= self.seed < 2**32:
@@ -103,4 +123,44 @@ class Settings:
         part = self.per_device_batch_size
         if part and part > 0 and self.batch_size % part:
             faults.append(f"batch_size {self.batch_size} is no multiple of {part} per device")
+        return faults
+
+    def _experts(self) -> list[str]:
+        if self.method != "molora":
+            named = ("experts", "experts_per_token", "balance", "expert_dropout")
+            return [
+                f"{one.name} is a setting of method molora; the method is {self.method}"
+                for one in fields(self)
+                if one.name in named and getattr(self, one.name) != one.default
+            ]
+        if self.experts < 1 or self.experts_per_token < 1:
+            return ["experts and experts_per_token must be at least 1"]
+        if self.experts_per_token > self.experts:
+            return [
+                f"experts_per_token is {self.experts_per_token}, more than the {self.experts} "
+                "experts there are"
+            ]
+        return []
+
+    def _penalties(self) -> list[str]:
+        faults = [
+            f"penalty {name!r}: choose from {', '.join(PENALTIES)}" + nearest(name, PENALTIES)
+            for name in self.penalty
+            if name not in PENALTIES
+        ]
+        faults += [
+            f"penalty {name} is {strength}: its strength must be above 0 and finite"
+            for name, strength in self.penalty.items()
+            if not 0 < strength < math.inf
+        ]
+        if self.method == "full" and "kl" in self.penalty:
+            faults.append(
+                "penalty kl with method full: there is no adapter to switch off, so the base would "
+                "have to be in memory a second time; use lora, molora or dora, or l2 or ewc"
+            )
+        if ("ewc" in self.penalty) != (self.fisher_data is not None):
+            faults.append(
+                "penalty ewc and fisher_data go together: the first needs chats on which to "
+                "estimate what matters to the base, the second is of no use without it"
+            )
         return faults

@@ -13,7 +13,8 @@ rather than left out in silence.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["add_lora", "freeze_rest", "linear_targets"]
+__all__ = ["add_lora", "freeze_rest", "linear_targets", "trained_weights"]
 
 
 def linear_targets(model: PreTrainedModel, train: str) -> list[str]:
@@ -47,22 +48,41 @@ def linear_targets(model: PreTrainedModel, train: str) -> list[str]:
 
 
 def add_lora(
-    model: PreTrainedModel, train: str, *, rank: int, alpha: float, dropout: float
+    model: PreTrainedModel,
+    train: str,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    dora: bool = False,
+    mixture: Mapping[str, Any] | None = None,
 ) -> PeftModel:
-    """The model with fresh LoRA factors (float32) on what `train` selects."""
+    """The model with fresh LoRA factors (float32) on what `train` selects.
+
+    With `dora` each has a trained magnitude; with `mixture` (the settings of
+    `taia.molora.MoLoraConfig`) routed experts take the place of LoRA in the FFN.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     targets = linear_targets(model, train)
     modules = dict(model.named_modules())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=_short_names(targets, list(modules)),
-        fan_in_fan_out=isinstance(modules[targets[0]], Conv1D),
-        task_type="CAUSAL_LM",
-    )
+    options: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": _short_names(targets, list(modules)),
+        "fan_in_fan_out": isinstance(modules[targets[0]], Conv1D),
+        "task_type": "CAUSAL_LM",
+    }
+    if mixture is None:
+        config = LoraConfig(**options, use_dora=dora)
+    else:
+        from taia.molora import MoLoraConfig, register
+
+        register()
+        experts = _expert_targets(model, targets, train)
+        config = MoLoraConfig(**options, **mixture, expert_modules=experts)
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -70,6 +90,15 @@ def add_lora(
     # A name here makes PEFT look it up on the hub at every checkpoint; the end writes it.
     wrapped.peft_config["default"].base_model_name_or_path = ""
     return wrapped
+
+
+def trained_weights(model: PreTrainedModel, train: str, method: str) -> list[str]:
+    """The names of the weights that a method changes, before it is set up."""
+    if method != "full":
+        return [f"{name}.weight" for name in linear_targets(model, train)]
+    names = [name for name, _ in model.named_parameters()]
+    kept = _selected(model, names, train)
+    return [name for name in names if name in kept]
 
 
 def freeze_rest(model: PreTrainedModel, train: str) -> None:
@@ -91,6 +120,20 @@ def _selected(model: PreTrainedModel, names: list[str], train: str) -> set[str]:
     addresses = {name: classify(name, model.config.model_type) for name in names}
     strengths = Selection.parse(train).strengths(addresses.values())
     return {name for name, address in addresses.items() if strengths[address] != 0}
+
+
+def _expert_targets(model: PreTrainedModel, targets: list[str], train: str) -> list[str]:
+    """Those of the targets that are of the feed-forward network, in full or by short names."""
+    from taia.kinds import Kind, classify
+
+    model_type = model.config.model_type
+    found = [name for name in targets if classify(f"{name}.weight", model_type).kind is Kind.FFN]
+    if not found:
+        raise RecipeError(
+            f"train {train!r}: selects no feed-forward layer, where the experts of method molora "
+            "go; train those too, or use method lora"
+        )
+    return _short_names(found, targets)
 
 
 def _linear_modules(model: PreTrainedModel) -> list[str]:

