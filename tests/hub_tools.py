@@ -28,7 +28,7 @@ class Hub:
         self.seen: list[tuple[str, str, str]] = []
         self.commits: list[list[dict[str, Any]]] = []
         self.created: list[dict[str, Any]] = []
-        self.commit = COMMIT
+        self.commit, self.broken = COMMIT, False
         self.server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self})
         )
@@ -166,6 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         self.hub.created.append(asked)
         name = f"{asked.get('organization') or 'org'}/{asked['name']}"
+        (self.hub.root / name).mkdir(parents=True, exist_ok=True)
         self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def _preupload(self, _repository: str) -> None:
@@ -187,6 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {}, b"")
 
     def _commit(self, repository: str) -> None:
+        if self.hub.broken:
+            self._json({"error": "the disk of the hub is full"}, 507)
+            return
         lines = [json.loads(line) for line in self.body.splitlines()]
         self.hub.commits.append(lines)
         folder = self.hub.root / repository

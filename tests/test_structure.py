@@ -41,6 +41,7 @@ FLOORS = [
     {"sources", "header", "compare"},
     {"mirror"},
     {"remote_hub", "remote_storage"},
+    {"push"},
     {"remote_http", "transfer"},
     {"remote", "files"},
     {"untrusted", "json_stream", "copying", "workers"},

@@ -26,7 +26,7 @@ from taia.remote import Stated, TransferError, checked_size, matches
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["HttpRemote", "http_remote"]
+__all__ = ["HttpRemote", "first_line", "http_remote", "without_secrets"]
 
 CONNECTIONS = 8
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -94,9 +94,9 @@ class HttpRemote:
                     if left <= 0:
                         return
         except (httpx2.TransportError, OSError) as error:
-            raise TransferError(_words(error)) from error
+            raise TransferError(first_line(error)) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise SourceError(f"{self.text}: {name}: {_words(error)}") from error
+            raise SourceError(f"{self.text}: {name}: {first_line(error)}") from error
 
     def _place(self, name: str) -> str:
         return f"{self._url}/{quote(name)}" + (f"?{self._query}" if self._query else "")
@@ -110,9 +110,9 @@ class HttpRemote:
                 self._place(name), headers=self._headers, timeout=_timeout(), follow_redirects=True
             )
         except (httpx2.TransportError, OSError) as error:
-            raise TransferError(_words(error)) from error
+            raise TransferError(first_line(error)) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise SourceError(f"{self.text}: {name}: {_words(error)}") from error
+            raise SourceError(f"{self.text}: {name}: {first_line(error)}") from error
         if answer.status_code in (404, 410):
             return None
         if answer.status_code in REFUSED:
@@ -237,6 +237,7 @@ def _bare(etag: str) -> str:
     return str(etag).strip().removeprefix("W/").strip('"')
 
 
-def _words(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its text."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -49,6 +49,10 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", metavar="SIZE", help="cut the weights anew, as in 5GB; else as the base's"
     )
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="then upload OUT to the hub, with its model card"
+    )
+    parser.add_argument("--private", action="store_true", help="a new model on the hub is private")
     add_overwrite(parser)
     add_json(parser)
 
@@ -57,6 +61,10 @@ def splice(options: argparse.Namespace) -> None:
     """Write the model, or the sliced adapter, that keeps a selection of the delta."""
     from taia.splice import splice as carry_out
 
+    if options.push:
+        from taia.push import check_push
+
+        check_push(options.push, overwrite=options.overwrite)
     with bytes_progress() as on_progress:
         receipt = carry_out(
             options.base,
@@ -64,13 +72,18 @@ def splice(options: argparse.Namespace) -> None:
             options.out,
             options.keep,
             merge=options.merge,
-            hash=options.hash,
+            hash=options.hash or bool(options.push),  # others have no sources
             shard_size=options.shard_size,
             overwrite=options.overwrite,
             keep_downloads=options.keep_downloads,
             on_progress=on_progress,
         )
     print_receipt(receipt, options.out, "written", options.as_json)
+    if options.push:
+        from taia.push import push
+
+        address = push(options.out, options.push, private=options.private)
+        print(f"uploaded: {address}", file=sys.stderr if options.as_json else sys.stdout)
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
