@@ -340,8 +340,3 @@ def test_storage_that_fsspec_reads(root, tmp_path):
         execute(planned, tmp_path / "out2")
     with pytest.raises(SourceError, match="no such folder"):
         taia.plan("memory://bucket/none", "memory://bucket/tuned")
-
-
-def test_a_missing_package_of_a_storage_is_named():
-    with pytest.raises(taia.TaiaError, match=r"taia\[s3\]|not a model|refuses|attempts"):
-        taia.plan("s3://bucket/base", "s3://bucket/tuned")
