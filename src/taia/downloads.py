@@ -12,8 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taia.adapter import Adapter
-from taia.checkpoint import Tensor
+from taia.checkpoint import Checkpoint, Tensor
 from taia.errors import SourceError
 from taia.files import check_room
 from taia.plan import Plan
@@ -72,7 +71,7 @@ class Download:
 
     def _fetch_companions(self) -> None:
         """Tokenizer and configuration come from the tuned model, or with an adapter the base."""
-        merge = isinstance(self.planned.tuned, Adapter)
+        merge = not isinstance(self.planned.tuned, Checkpoint)
         source = self.planned.base.path if merge else self.planned.tuned.path
         for mirror in self.mirrors:
             if mirror.folder == source:

@@ -19,7 +19,6 @@ input are told together, one a line, so that the user mends them in one go.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -121,6 +120,8 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
 
     Returns `"; did you mean 'a' or 'b'?"`, or an empty string where nothing is close.
     """
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
     if not close:
         return ""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,10 +76,10 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _sync_tree(partial)
         _swap(partial, out)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise OutputError(f"{out}: writing failed, nothing is left of it: {error}") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
     finally:
         _disown(owned)
@@ -121,7 +120,7 @@ def check_room(out: Path, needed: int) -> None:
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = _free(folder)
     if free < needed:
         raise OutputError(
             f"{out}: {needed:,} bytes are to be written and {free:,} are free there; "
@@ -169,7 +168,7 @@ def _swap(partial: Path, out: Path) -> None:
             _disown(owned)
             raise
         (retired / KEPT).replace(retired / "removed")  # nobody puts back what is half removed
-        shutil.rmtree(retired, ignore_errors=True)
+        _remove(retired)
         _disown(owned)
     with suppress(OSError):  # it stands; only some file systems let a folder be flushed
         _sync(out.parent)
@@ -203,7 +202,7 @@ def _clear_litter(out: Path) -> None:
         try:
             if (folder / KEPT).exists() and folder.suffix == ".old" and not out.exists():
                 (folder / KEPT).replace(out)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         except OSError as error:
             raise OutputError(
                 f"{folder}: an interrupted run left it, and it cannot be put back as {out}: "
@@ -232,6 +231,22 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
 def _disown(descriptor: int | None) -> None:
     if descriptor is not None:
         os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    import shutil  # slow to load, and rarely needed
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that may still be written to the file system of `folder`."""
+    if hasattr(os, "statvfs"):
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+    import shutil
+
+    return shutil.disk_usage(folder).free
 
 
 def _sync_tree(folder: Path) -> None:

@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from taia.compare import JOB, in_threads
-from taia.receipt import Algorithm, Entry
+from taia.receipt import ALGORITHM, Algorithm, Entry
 from taia.untrusted import open_regular
 
-__all__ = ["ALGORITHM", "digests", "with_digests"]
-
-ALGORITHM: Algorithm = "blake3"
-"""What new receipts hold."""
+__all__ = ["digests", "with_digests"]
 
 STEP = 4 << 20
 """Bytes in memory at a time, a thread."""

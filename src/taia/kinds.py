@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from taia.errors import KindError, nearest
@@ -259,7 +259,7 @@ def _keys(name: str, prefix: str) -> list[tuple[str, tuple[int, ...]]]:
 
 @cache
 def _table() -> dict[str, Any]:
-    text = resources.files("taia").joinpath("kinds.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("kinds.json").read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
 

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from taia.checkpoint import BITS, Checkpoint, Tensor
@@ -130,7 +130,7 @@ def place_of(name: str, family: Family) -> Place:
 
 @cache
 def _table() -> dict[str, Any]:
-    text = resources.files("taia").joinpath("layouts.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("layouts.json").read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
 

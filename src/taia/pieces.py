@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from taia.adapter import Adapter
-from taia.changes import Change
-from taia.checkpoint import Tensor
+from taia.checkpoint import Checkpoint, Tensor
 from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
 from taia.plan import Decision, Origin, Plan, stored_name
+
+if TYPE_CHECKING:
+    from taia.adapter import Adapter
+    from taia.changes import Change
 
 __all__ = ["Blend", "Copy", "Merge", "Piece", "pieces"]
 
@@ -116,7 +119,7 @@ def pieces(plan: Plan, *, fetched: bool = True) -> dict[str, Piece]:
     for all others a hole in a source is a SourceError.
     """
     lora, whole = {}, {}
-    if isinstance(plan.tuned, Adapter):
+    if not isinstance(plan.tuned, Checkpoint):
         lora = {stored_name(plan.base, m.weight): m for m in plan.tuned.modules.values()}
         whole = {stored_name(plan.base, name): t for name, t in plan.tuned.whole.items()}
     else:
@@ -140,7 +143,7 @@ def _piece(plan: Plan, decision: Decision, module: Change | None, tuned: Tensor 
     if tuned is not None:
         return Blend(plan.base.path, base, plan.tuned.path, tuned, decision.strength)
     assert module is not None
-    assert isinstance(plan.tuned, Adapter)
+    assert not isinstance(plan.tuned, Checkpoint)
     return Merge(plan.base.path, base, plan.tuned, module, decision.strength)
 
 

@@ -15,10 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from taia.adapter import Adapter, read_adapter
-from taia.changes import Shapes
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import MismatchError
@@ -28,7 +26,10 @@ from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
-from taia.vectors import TokenRows
+
+if TYPE_CHECKING:  # what reads adapters is loaded for adapters only
+    from taia.adapter import Adapter
+    from taia.changes import Shapes
 
 __all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name"]
 
@@ -82,7 +83,7 @@ class Plan:
     def stored(self, decision: Decision) -> Tensor:
         """The dtype and shape of an output tensor, in the file where it belongs."""
         tensor = self.base.tensors[decision.name]
-        if decision.source is not Origin.TUNED or isinstance(self.tuned, Adapter):
+        if decision.source is not Origin.TUNED or not isinstance(self.tuned, Checkpoint):
             return tensor
         taken = self.tuned.tensors[decision.name]
         return dataclasses.replace(taken, file=tensor.file)
@@ -133,6 +134,8 @@ def plan(
     first = _open(base)
     found = resolve(tuned, headers_only=True)
     if found.form is Form.ADAPTER:
+        from taia.adapter import read_adapter
+
         adapter = read_adapter(found).of(first.model_type, shapes_of(first))
         return _plan_merge(first, adapter, selection)
     return _plan_pair(first, _open(found), selection)
@@ -185,6 +188,8 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
 
 def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Plan:
     """Tensors that the adapter does not touch are the base's at any strength."""
+    from taia.vectors import TokenRows
+
     addresses = classify_all(base.tensors, base.model_type)
     strengths, tie_faults = _strengths(base, addresses, selection)
     lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}

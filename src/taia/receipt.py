@@ -9,7 +9,6 @@ not signed: docs/proof.md says what it proves.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from taia.errors import CheckpointError, VerificationError
 from taia.untrusted import open_regular
 
 __all__ = [
+    "ALGORITHM",
     "RECEIPT",
     "Algorithm",
     "Entry",
@@ -45,6 +45,9 @@ MAX_FAULTS = 1_000
 CONTENT = re.compile(rb'\{\n "content": "[0-9a-f]{64}",')
 
 Algorithm = Literal["sha256", "blake3"]
+
+ALGORITHM: Algorithm = "blake3"
+"""What new receipts hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,8 @@ class Receipt:
         head = json.dumps(plain, indent=1, ensure_ascii=False)[1:-2]
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in tensors)
         rest = f'{head},\n "tensors": [\n{rows}\n ]\n}}\n'
+        import hashlib
+
         content = hashlib.sha256(rest.encode()).hexdigest()
         text = f'{{\n "content": "{content}",{rest}'
         (folder / RECEIPT).write_text(text, encoding="utf-8")  # the folder is not in its place yet
@@ -175,6 +180,8 @@ class Receipt:
         """
         if self.format == 1:
             return self.content is None
+        import hashlib
+
         found = CONTENT.match(raw := _read(folder / RECEIPT))
         return found is not None and hashlib.sha256(raw[found.end() :]).hexdigest() == self.content
 
@@ -199,6 +206,8 @@ def identity(path: Path) -> FileIdentity:
 
 def digest_of(path: Path, length: int | None = None) -> str:
     """The SHA-256, in hex, of a file, or of its first `length` bytes."""
+    import hashlib
+
     with path.open("rb") as file:
         if length is not None:
             return hashlib.sha256(file.read(length)).hexdigest()

@@ -33,11 +33,11 @@ from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
 from taia.experts import Experts
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
-from taia.hashing import ALGORITHM, with_digests
+from taia.hashing import with_digests
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
-from taia.receipt import RECEIPT, Entry, Receipt, digest_of
+from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.remote import MIRROR_MARKER
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve

@@ -15,7 +15,6 @@ says so, and of a remote model gets a mirror that has no more (see `taia.mirror`
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -166,6 +165,8 @@ def _gguf_of_package(name: str) -> Path:
     """The one GGUF file inside an installed package, found without importing it."""
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise SourceError(f"package:{name}: not the name of a top-level Python package")
+    import importlib.util
+
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):

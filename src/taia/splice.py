@@ -17,16 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from taia.adapter import WEIGHTS, Adapter
 from taia.checkpoint import SINGLE, Checkpoint
 from taia.downloads import Download
 from taia.errors import SourceError
 from taia.files import check_room, refuse_existing, refuse_overlap, staged_folder
 from taia.filling import fill
-from taia.hashing import ALGORITHM, with_digests
 from taia.pieces import Copy, Piece, pieces
 from taia.plan import Plan, plan
-from taia.receipt import RECEIPT, Entry, Receipt, digest_of
+from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
 from taia.shards import Shard, parse_size, shards_of
 from taia.sources import Form, Source, resolve
@@ -133,6 +131,8 @@ def execute(
         )
         receipt = receipts[0]
         if hash or download.mirrors:
+            from taia.hashing import with_digests
+
             receipt = replace(receipt, tensors=with_digests(folder, entries))
         for source in (planned.base, planned.tuned):
             if isinstance(source, Checkpoint):
@@ -193,7 +193,7 @@ def _write_the_rest(
 def _copy_companions(planned: Plan, folder: Path) -> None:
     """Configuration and tokenizer of the tuned model; an adapter brings at most a tokenizer."""
     tuned = planned.tuned.path
-    if not isinstance(planned.tuned, Adapter):
+    if isinstance(planned.tuned, Checkpoint):
         copy_companions(tuned, folder, COMPANIONS)
         if planned.config:
             config = {**planned.tuned.config, **planned.config}
@@ -208,11 +208,12 @@ def _copy_companions(planned: Plan, folder: Path) -> None:
 
 
 def _receipt(planned: Plan, folder: Path, shards: Sequence[Shard], entries: list[Entry]) -> Receipt:
-    tuned_files = (
-        (WEIGHTS, "adapter_config.json")
-        if isinstance(planned.tuned, Adapter)
-        else planned.tuned.files
-    )
+    if isinstance(planned.tuned, Checkpoint):
+        tuned_files = planned.tuned.files
+    else:
+        from taia.adapter import WEIGHTS
+
+        tuned_files = (WEIGHTS, "adapter_config.json")
     headers = {shard.name: digest_of_bytes(shard.header) for shard in shards}
     others = [f.name for f in sorted(folder.iterdir()) if f.name not in {*headers, RECEIPT}]
     return Receipt(

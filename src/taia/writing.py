@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -72,6 +70,7 @@ def copy_companions(
     source: Path, folder: Path, patterns: Sequence[str], without: Sequence[str] = ()
 ) -> None:
     """Copy the files of `source` that match `patterns` and not `without`; content only."""
+    import shutil  # slow to load; the weights are being written meanwhile
 
     def matches(name: str, among: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in among)
@@ -98,6 +97,8 @@ def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
 
 def digest_of_bytes(data: bytes) -> str:
     """The SHA-256, in hex, of bytes."""
+    import hashlib
+
     return hashlib.sha256(data).hexdigest()
 
 

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="taia COMMAND --help tells the options of a command.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="taia", metavar="COMMAND", required=True)
     for name, (add_options, do) in COMMANDS.items():
         told = (do.__doc__ or "").strip()
         command = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
