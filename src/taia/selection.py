@@ -35,7 +35,7 @@ from typing import NoReturn
 from taia.errors import SelectionError, nearest
 from taia.kinds import Address, Kind
 
-__all__ = ["PRESETS", "Constant", "Layers", "Linear", "Selection", "Term"]
+__all__ = ["PARTS", "PRESETS", "Constant", "Layers", "Linear", "Selection", "Term"]
 
 PRESETS = {
     "base": "none",
@@ -48,6 +48,9 @@ PRESETS = {
 
 ALL = "all"
 PROJECTIONS = ("q", "k", "v", "o", "qkv", "kv", "gate", "up", "down", "gate_up")
+PARTS = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
+"""What a fused projection holds. Its name also names those, where they are stored apart."""
+
 KINDS = tuple(kind.value for kind in Kind)
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -130,7 +133,8 @@ class Term:
         if self.kind is not None and address.kind != self.kind:
             return False
         if self.projection is not None and address.projection != self.projection:
-            return False
+            if address.projection not in PARTS.get(self.projection, ()):
+                return False
         if self.tower is not None and address.tower != self.tower:
             return False
         if self.layers is None:
