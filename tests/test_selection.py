@@ -169,7 +169,6 @@ def test_errors_point_at_the_column(text: str, column: int, words: str) -> None:
         ("router", "kinds here: attention, embedding, ffn, head, norm"),
         ("attention + mixer", "'mixer' matches nothing"),
         ("attention.gate", "its projections here: k, o, q, v"),
-        ("attention.qkv", "its projections here"),
         ("ffn[6:]", "language has 6"),
         ("ffn[0,6]", "layer 6 of a model with 6 layers"),
         ("all - ffn[9:]", "matches nothing"),

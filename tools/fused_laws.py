@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 """Of second differences, against the first: some families compute a softmax in float32."""
 
 
-class Reached(Exception):
+class Arrival(Exception):  # noqa: N818  it is no error
     """Carries the input of the output projection out of a forward pass."""
 
     def __init__(self, value: Any) -> None:
@@ -54,7 +54,7 @@ def attention_rows(model: Any, name: str, output: str, axis: int) -> list[str]:
         return (x,)
 
     def catch(_: Any, arguments: tuple[Any, ...]) -> None:
-        raise Reached(arguments[0].reshape(-1, arguments[0].shape[-1])[1].clone())
+        raise Arrival(arguments[0].reshape(-1, arguments[0].shape[-1])[1].clone())
 
     hooks = [
         fused.register_forward_pre_hook(crafted),
@@ -64,8 +64,8 @@ def attention_rows(model: Any, name: str, output: str, axis: int) -> list[str]:
     def outcome() -> Any:
         try:
             _run(model, name)
-        except Reached as reached:
-            return reached.value
+        except Arrival as arrival:
+            return arrival.value
         raise ValueError(f"{output} was not reached")
 
     try:

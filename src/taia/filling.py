@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from taia.copying import copy_range, create, start_writing, write_all
-from taia.pieces import Blend, Copy, Merge, Piece
+from taia.pieces import Blend, Copy, Merge, Parted, Piece
 from taia.shards import Shard
 from taia.workers import nothing, on_all_cores
 
@@ -39,7 +39,7 @@ class Range:
 class Computed:
     """A part of a piece that is computed: `count` elements from `first`, -1 for all."""
 
-    piece: Blend | Merge
+    piece: Blend | Parted | Merge
     first: int
     count: int
     file: str
@@ -116,7 +116,7 @@ def _steps(shard: Shard, parts: Mapping[str, Piece]) -> Iterator[Step]:
         if held:
             yield from _split(held)
             held = None
-        if isinstance(part, Merge):
+        if isinstance(part, Merge | Parted):
             yield Computed(part, 0, -1, shard.name, tensor.start)
             continue
         width = tensor.bytes // tensor.parameters

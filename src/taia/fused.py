@@ -2,8 +2,9 @@
 
 Many families compute q, k and v (or gate and up) with one matrix. A selection may still name
 one of them: `attention.q`, `ffn.up`. Which rows that is depends on the family: blocks one after
-the other, head by head, in groups of heads, interleaved row by row. The table fused.json states it; it
-is written by `tools/derive_fused.py`, which asks each family's own forward pass about every row.
+the other, head by head, in groups of heads, interleaved row by row. The table fused.json states
+it, and `tools/derive_fused.py`, which writes it, asks each family's own forward pass about every
+row.
 
 A family that is not in the table is not guessed at: its fused tensors are kept as a whole, and
 a selection that gives their parts different strengths is refused.

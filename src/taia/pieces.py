@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from taia.checkpoint import Checkpoint, Tensor
 from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
+from taia.fused import Cut, Parts
 from taia.plan import Decision, Origin, Plan, stored_name
 
 if TYPE_CHECKING:
     from taia.adapter import Adapter
+    from taia.arrays import Array
     from taia.changes import Change
 
-__all__ = ["Blend", "Copy", "Merge", "Piece", "pieces"]
+__all__ = ["Blend", "Copy", "Merge", "Parted", "Piece", "pieces"]
 
 BUFFER = 4 * 1024 * 1024
 
@@ -83,14 +85,41 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True)
+class Parted:
+    """A fused tensor whose rows are copied or blended, each part at its own strength."""
+
+    base_folder: Path
+    base: Tensor
+    tuned_folder: Path
+    tuned: Tensor
+    cut: Cut
+    parts: Parts
+
+    @property
+    def reads(self) -> list[tuple[Path, Tensor]]:
+        """The stored tensors that are read, each with its folder."""
+        return [(self.base_folder, self.base), (self.tuned_folder, self.tuned)]
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes in the dtype of the base."""
+        from taia.parted import parted_chunks
+
+        return parted_chunks(
+            self.base_folder, self.base, self.tuned_folder, self.tuned, self.cut, dict(self.parts)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Merge:
-    """base + strength * the delta of one change of an adapter."""
+    """base + strength * the delta of one change of an adapter; by parts of a fused weight."""
 
     folder: Path
     base: Tensor
     adapter: Adapter
     module: Change
     strength: float
+    cut: Cut | None = None
+    parts: Parts = ()
 
     @property
     def reads(self) -> list[tuple[Path, Tensor]]:
@@ -104,12 +133,25 @@ class Merge:
         from taia.arrays import CHUNK, encode, read_array, widen
 
         weight = widen(read_array(self.folder, self.base))
-        tuned = self.adapter.tuned_weight(self.module, weight, self.strength).reshape(-1)
+        tuned = self._tuned(weight).reshape(-1)
         for first in range(0, tuned.size, CHUNK):
             yield encode(tuned[first : first + CHUNK], self.base.dtype, self.strength)
 
+    def _tuned(self, weight: Array) -> Array:
+        """The weight with its delta; each part of a fused one at its own strength."""
+        if self.cut is None:
+            return self.adapter.tuned_weight(self.module, weight, self.strength)
+        from taia.parted import row_strengths
 
-Piece = Copy | Blend | Merge
+        wanted = row_strengths(self.cut, dict(self.parts))
+        merged = weight.copy()
+        for strength in {strength for _, strength in self.parts} - {0.0}:
+            rows = (*[slice(None)] * self.cut.axis, wanted == strength)
+            merged[rows] = self.adapter.tuned_weight(self.module, weight, strength)[rows]
+        return merged
+
+
+Piece = Copy | Blend | Parted | Merge
 
 
 def pieces(plan: Plan, *, fetched: bool = True) -> dict[str, Piece]:
@@ -140,11 +182,15 @@ def _piece(plan: Plan, decision: Decision, module: Change | None, tuned: Tensor 
     if decision.source is Origin.TUNED:
         assert tuned is not None
         return Copy(plan.tuned.path, tuned)
+    if tuned is not None and decision.cut is not None:
+        return Parted(plan.base.path, base, plan.tuned.path, tuned, decision.cut, decision.parts)
     if tuned is not None:
         return Blend(plan.base.path, base, plan.tuned.path, tuned, decision.strength)
     assert module is not None
     assert not isinstance(plan.tuned, Checkpoint)
-    return Merge(plan.base.path, base, plan.tuned, module, decision.strength)
+    return Merge(
+        plan.base.path, base, plan.tuned, module, decision.strength, decision.cut, decision.parts
+    )
 
 
 def _shrunk(path: Path) -> CheckpointError:

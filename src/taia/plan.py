@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
+from taia.decisions import WHOLE, Decision, Origin, Plan
 from taia.ends import left_over, text_config, tie_setting, untie
-from taia.errors import MismatchError
 from taia.experts import NO_DELTA, Experts
+from taia.fused import Parts, cut_of, part_strengths
 from taia.kinds import Address, Kind, classify_all
 from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
@@ -34,92 +33,11 @@ if TYPE_CHECKING:  # what reads adapters is loaded for adapters only
 __all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name"]
 
 
+COMPUTED = 0.5
+"""Any strength that is neither 0 nor 1: some of the values are computed."""
+
 ENDS = (Kind.EMBEDDING, Kind.HEAD)
 """What has a row for every word of the vocabulary."""
-
-
-class Origin(StrEnum):
-    """Where the bytes of an output tensor come from."""
-
-    BASE = "base"
-    TUNED = "tuned"
-    BLEND = "blend"
-
-
-WHOLE = {0.0: Origin.BASE, 1.0: Origin.TUNED}
-"""Where a tensor is from at the strengths that copy it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One output tensor: its address, its strength, and so its source. `bytes` on disk."""
-
-    name: str
-    address: Address
-    source: Origin
-    strength: float
-    bytes: int
-    parameters: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Every decision of one splice, in the order of the output, and what forbids it.
-
-    `base` and `tuned` are the sources, brought to one layout: the same names and cuts in both,
-    which may be views of the files' bytes. `tuned` is an Adapter when its delta is to be merged
-    into the base. `notes` tell what was done beyond the selection, `config` the entries of the
-    tuned model's config.json that must change.
-    """
-
-    selection: Selection
-    base: Checkpoint
-    tuned: Checkpoint | Adapter
-    decisions: tuple[Decision, ...]
-    faults: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def stored(self, decision: Decision) -> Tensor:
-        """The dtype and shape of an output tensor, in the file where it belongs."""
-        tensor = self.base.tensors[decision.name]
-        if decision.source is not Origin.TUNED or not isinstance(self.tuned, Checkpoint):
-            return tensor
-        taken = self.tuned.tensors[decision.name]
-        return dataclasses.replace(taken, file=tensor.file)
-
-    @property
-    def totals(self) -> dict[str, dict[str, int]]:
-        """Per kind, and for `all`: tensors, parameters, and bytes by origin."""
-        empty = {"tensors": 0, "parameters": 0} | {origin.value: 0 for origin in Origin}
-        totals: dict[str, dict[str, int]] = {}
-        for decision in self.decisions:
-            for key in (decision.address.kind.value, "all"):
-                row = totals.setdefault(key, dict(empty))
-                row["tensors"] += 1
-                row["parameters"] += decision.parameters
-                row[decision.source.value] += decision.bytes
-        everything = totals.pop("all", empty)
-        return totals | {"all": everything}
-
-    def refuse_faults(self) -> None:
-        """Raise MismatchError with every fault, if there is one."""
-        if self.faults:
-            raise MismatchError(
-                f"{self.tuned.text} cannot be spliced into {self.base.text}", self.faults
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain values, as `taia plan --json` prints it."""
-        return {
-            "selection": str(self.selection),
-            "base": self.base.text,
-            "tuned": self.tuned.text,
-            "tensors": [_as_json(decision) for decision in self.decisions],
-            "totals": self.totals,
-            "faults": list(self.faults),
-            "notes": list(self.notes),
-        }
 
 
 def plan(
@@ -159,17 +77,23 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     faults = format_faults(base, tuned)
     base, tuned, crossed = align(base, tuned)
     base, tuned, notes = untie(base, tuned)
-    parted = bool(notes)
+    changed = bool(notes)
     tuned, told, missing = left_over(base, tuned)
     faults += crossed + missing
     addresses = classify_all(base.tensors, base.model_type)
-    strengths, tie_faults = _strengths(base, addresses, selection)
+    strengths, parted, tie_faults = _strengths(base, addresses, selection)
     if is_quantised(base):
-        faults += module_faults(base.tensors, {n: strengths[a] for n, a in addresses.items()})
+        wanted = {name: strengths.get(address) for name, address in addresses.items()}
+        faults += module_faults(base.tensors, wanted)
     decisions = []
     for name, address in addresses.items():
         tensor, other = base.tensors[name], tuned.tensors.get(name)
-        strength = strengths[address]
+        if address in parted and other is not None:
+            decision, found = _parted(base, tensor, address, parted[address])
+            decisions.append(decision)
+            faults += found + _tensor_faults(tensor, other, address, COMPUTED)
+            continue
+        strength = strengths.get(address, 0.0)
         if other is None:  # transformers does not load it, or it is one of the faults
             strength = 0.0
         elif tensor.shape != other.shape or tensor.dtype != other.dtype or strength not in (0, 1):
@@ -179,10 +103,10 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
         decisions.append(_decision(stored, address, origin, strength))
     ends = {addresses[name]: name for name in addresses if addresses[name].kind in ENDS}
     heads = [name for a, name in ends.items() if a.kind is Kind.HEAD and a.tower == "language"]
-    parted = parted or len({strengths[address] for address in ends}) > 1
+    changed = changed or len({strengths[address] for address in ends}) > 1
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
-        notes=tuple(notes + told), config=tie_setting(tuned, heads, parted=parted),
+        notes=tuple(notes + told), config=tie_setting(tuned, heads, parted=changed),
     )  # fmt: skip
 
 
@@ -191,13 +115,19 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
     from taia.vectors import TokenRows
 
     addresses = classify_all(base.tensors, base.model_type)
-    strengths, tie_faults = _strengths(base, addresses, selection)
+    strengths, parted, tie_faults = _strengths(base, addresses, selection)
     lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
     whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}
     faults = [_unplaced(name) for name in [*lora, *whole] if name not in base.tensors]
     decisions = []
     for name, address in addresses.items():
-        strength, tensor = strengths[address], base.tensors[name]
+        tensor, strength = base.tensors[name], strengths.get(address, 0.0)
+        if address in parted and (name in lora or name in whole):
+            decision, found = _parted(base, tensor, address, parted[address])
+            decisions.append(decision)
+            shape = lora[name].shape if name in lora else whole[name].shape
+            faults += found + _merge_faults(base, tensor, shape, address, tied=False)
+            continue
         origin = Origin.BASE
         if name in lora or name in whole:
             shape = lora[name].shape if name in lora else whole[name].shape
@@ -212,7 +142,7 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
             origin = Origin.TUNED if exact else Origin.BLEND
         decisions.append(_decision(tensor, address, origin, strength))
     kept = any(decision.source is not Origin.BASE for decision in decisions)
-    if any(strengths.values()) and not kept and not faults:
+    if (parted or any(strengths.values())) and not kept and not faults:
         kinds = sorted({addresses[name].kind.value for name in [*lora, *whole]})
         faults.append(
             f"nothing of the adapter is kept: it changes {', '.join(kinds)}, the selection "
@@ -258,8 +188,8 @@ def shapes_of(base: Checkpoint) -> Shapes:
 
 def _strengths(
     base: Checkpoint, addresses: Mapping[str, Address], selection: Selection
-) -> tuple[dict[Address, float], list[str]]:
-    """The strength of every address, and the fault of a tied head with two strengths.
+) -> tuple[dict[Address, float], dict[Address, Parts], list[str]]:
+    """Strengths as `part_strengths` gives them, and the fault of a tied head with two.
 
     A head that is not stored is tied to the embedding, and takes part under its own name.
     """
@@ -267,15 +197,37 @@ def _strengths(
     embedding = next((a for a in there if a.kind is Kind.EMBEDDING and a.tower == "language"), None)
     tied = embedding is not None and all(a.kind is not Kind.HEAD for a in there)
     if embedding is None or not tied:
-        return selection.strengths(there), []
+        return (*part_strengths(selection, there), [])
     head = dataclasses.replace(embedding, kind=Kind.HEAD)
-    strengths = selection.strengths([*there, head])
+    strengths, parted = part_strengths(selection, [*there, head])
     if strengths[head] == strengths[embedding]:
-        return strengths, []
-    return strengths, [
+        return strengths, parted, []
+    fault = (
         f"{base.text}: the output head is tied to the embedding, one tensor for both, and the "
         "selection gives it two strengths; name both alike, as in 'all - embedding - head'"
-    ]
+    )
+    return strengths, parted, [fault]
+
+
+def _parted(
+    base: Checkpoint, tensor: Tensor, address: Address, parts: Parts
+) -> tuple[Decision, list[str]]:
+    """The decision on a fused tensor whose parts have different strengths, and its faults."""
+    strengths = dict(parts)
+    cut = cut_of(tensor.name, tensor.shape, address, base.model_type, base.config)
+    faults = []
+    if cut is None:
+        mean = sum(strengths.values()) / len(strengths)
+        asked = ", ".join(f"{name} at {strength:g}" for name, strength in parts)
+        faults.append(
+            f"{tensor.name}: {asked}; which of its rows are whose is not known for "
+            f"{base.model_type} with this config. Keep it as one, "
+            f"as in '{address.kind}.{address.projection}'"
+        )
+    else:
+        mean = cut.mean(strengths)
+    decision = _decision(tensor, address, Origin.BLEND, mean)
+    return dataclasses.replace(decision, cut=cut, parts=parts), faults
 
 
 def _tensor_faults(base: Tensor, tuned: Tensor, address: Address, strength: float) -> list[str]:
@@ -324,17 +276,3 @@ def _merge_faults(
 
 def _decision(tensor: Tensor, address: Address, origin: Origin, strength: float) -> Decision:
     return Decision(tensor.name, address, origin, strength, tensor.bytes, tensor.parameters)
-
-
-def _as_json(decision: Decision) -> dict[str, Any]:
-    address = decision.address
-    return {
-        "name": decision.name,
-        "kind": address.kind.value,
-        "layer": address.layer,
-        "projection": address.projection,
-        "tower": address.tower,
-        "source": decision.source.value,
-        "strength": decision.strength,
-        "bytes": decision.bytes,
-    }

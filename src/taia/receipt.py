@@ -82,7 +82,8 @@ class Entry:
 
     `origin` base or tuned: a copy of `[from_start, from_stop)` of that source's `from_file`.
     `origin` blend: computed, base + strength * delta. `digest` is that of its
-    bytes, when it was asked for.
+    bytes, when it was asked for. `parts`: the strengths of the projections of a fused tensor,
+    where they differ; `strength` is then their mean.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -97,6 +98,7 @@ class Entry:
     from_start: int | None = None
     from_stop: int | None = None
     digest: str | None = None
+    parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

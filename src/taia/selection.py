@@ -132,9 +132,9 @@ class Term:
         """Whether the term names `address`, in a tower that has `layers` layers."""
         if self.kind is not None and address.kind != self.kind:
             return False
-        if self.projection is not None and address.projection != self.projection:
-            if address.projection not in PARTS.get(self.projection, ()):
-                return False
+        named = (self.projection, *PARTS.get(self.projection or "", ()))
+        if self.projection is not None and address.projection not in named:
+            return False
         if self.tower is not None and address.tower != self.tower:
             return False
         if self.layers is None:

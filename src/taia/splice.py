@@ -172,6 +172,7 @@ def _entries(planned: Plan, parts: Mapping[str, Piece], shards: Sequence[Shard])
                     from_file=source.file if source else None,
                     from_start=source.start if source else None,
                     from_stop=source.stop if source else None,
+                    parts=dict(decision.parts) or None,
                 )
             )
     return entries

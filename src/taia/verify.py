@@ -187,6 +187,8 @@ def _names_its_source(entry: Entry, decision: Decision, part: Piece) -> bool:
     """Whether a line of the receipt says what its selection says."""
     if (entry.origin, entry.strength) != (decision.source.value, decision.strength):
         return False
+    if (entry.parts or {}) != dict(decision.parts):
+        return False
     if not isinstance(part, Copy):
         return True
     place = (part.tensor.file, part.tensor.start, part.tensor.stop)
