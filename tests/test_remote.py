@@ -233,7 +233,7 @@ def test_whoever_reads_weights_gets_all_of_them(server, root):
     url = f"{server.url}/small-base"
     lazy = resolve(url, headers_only=True)
     mirrors._opened.pop(lazy.path)  # as another process would see it
-    with pytest.raises(SourceError, match="with holes"):
+    with pytest.raises(SourceError, match="a part of a remote model"):
         resolve(lazy.path)
     whole = resolve(url)
     assert weights_of(whole.path) == weights_of(root / "small-base")
@@ -241,6 +241,31 @@ def test_whoever_reads_weights_gets_all_of_them(server, root):
     from taia.load import load_model
 
     assert load_model(url).config.model_type == "llama"
+
+
+def test_no_reader_takes_a_hole_for_zeros(server):
+    """A remote model that was only planned: each way to read weights refuses."""
+    from taia.arrays import blended_chunks, read_array
+    from taia.compare import Pair, differing
+    from taia.pieces import Copy, pieces
+
+    planned = taia.plan(f"{server.url}/small-base", f"{server.url}/small-tuned")
+    folder = planned.base.path
+    tensor = next(iter(planned.base.tensors.values()))
+    file = folder / tensor.file
+    pair = Pair(tensor.name, file, tensor.start, file, tensor.start, tensor.bytes)
+    for read in (
+        lambda: pieces(planned),
+        lambda: read_array(folder, tensor),
+        lambda: b"".join(Copy(folder, tensor).chunks()),
+        lambda: b"".join(blended_chunks(file, tensor, file, tensor, 0.5, 0, 1)),
+        lambda: differing([pair]),
+    ):
+        with pytest.raises(SourceError, match="only a part is here"):
+            read()
+    mirrors._opened.pop(folder)
+    with pytest.raises(SourceError, match="a part of a remote model"):
+        read_array(folder, tensor)
 
 
 def test_two_at_one_mirror_is_one_message(server, tmp_path):

@@ -41,7 +41,7 @@ FLOORS = [
     {"selection"},
     {"kinds", "checkpoint"},
     {"sources", "header", "compare"},
-    {"mirror"},
+    {"mirror", "holes"},
     {"remote_hub", "remote_storage"},
     {"push"},
     {"remote_http", "transfer"},

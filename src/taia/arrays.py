@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from taia.checkpoint import Tensor
 from taia.errors import CheckpointError, MismatchError
+from taia.holes import refuse_hole
 
 __all__ = [
     "CHUNK",
@@ -60,6 +61,7 @@ def read_array(folder: Path, tensor: Tensor, first: int = 0, count: int = -1) ->
     whole = first == 0 and count == -1
     wanted = tensor.parameters if count == -1 else count
     path = folder / tensor.file
+    refuse_hole(path, tensor.start, tensor.stop)
     try:
         values = np.fromfile(path, dtype, wanted, offset=tensor.start + first * dtype.itemsize)
     except OSError as error:
@@ -128,6 +130,8 @@ def blended_chunks(
     count: int,
 ) -> Iterator[bytes]:
     """The bytes of elements `[first, first + count)` of a blend, CHUNK elements at a time."""
+    refuse_hole(base_path, base.start, base.stop)
+    refuse_hole(tuned_path, tuned.start, tuned.stop)
     size = min(CHUNK, count)
     old, new = np.empty(size, DTYPES[base.dtype]), np.empty(size, DTYPES[tuned.dtype])
     scratch = Scratch(size, old.dtype, new.dtype)

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import local
 from typing import Any, TypeVar
 
+from taia.holes import refuse_hole
 from taia.untrusted import open_regular
 
 __all__ = ["JOB", "STEP", "Pair", "differing", "in_threads", "read_into"]
@@ -125,6 +126,7 @@ def _cut(pair: Pair) -> Iterator[Pair]:
 def _differing(job: Sequence[Pair], buffers: local) -> set[str]:
     found: set[str] = set()
     for run in _runs(job):
+        refuse_hole(run[0].theirs, run[0].their_start, run[-1].their_start + run[-1].length)
         with open_regular(run[0].ours) as ours, open_regular(run[0].theirs) as theirs:
             _compare_run(run, ours, theirs, buffers, found)
     return found

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.checkpoint import Checkpoint, Tensor
-from taia.errors import SourceError
 from taia.files import check_room
+from taia.holes import mirror_of, refuse_hole
 from taia.plan import Plan
-from taia.remote import MIRROR_MARKER
 from taia.writing import COMPANIONS
 
 if TYPE_CHECKING:
-    from taia.mirror import Mirror
     from taia.transfer import Range
 
 __all__ = ["Download", "refuse_holes"]
@@ -36,7 +34,7 @@ class Download:
         self.planned = planned
         self._wanted = _wanted(reads)
         folders = {planned.base.path, planned.tuned.path}
-        self.mirrors = [mirror for f in sorted(folders) if (mirror := _mirror_of(f)) is not None]
+        self.mirrors = [mirror for f in sorted(folders) if (mirror := mirror_of(f)) is not None]
         self._kept = {id(mirror) for mirror in self.mirrors if mirror.is_whole()}
         self.size = sum(
             stop - start
@@ -89,26 +87,11 @@ class Download:
 
 def refuse_holes(reads: Reads) -> None:
     """Raise SourceError if something that would be read of a mirror is not there."""
-    for folder, wanted in _wanted(reads).items():
-        mirror = _mirror_of(folder)
-        if mirror is not None and mirror.missing(wanted):
-            raise SourceError(
-                f"{mirror.remote.text}: a remote model, of which only the headers are here; "
-                "download it first"
-            )
-
-
-def _mirror_of(folder: Path) -> Mirror | None:
-    if not (folder / MIRROR_MARKER).is_file():
-        return None
-    from taia.mirror import mirror_at  # not for those who read local folders only
-
-    mirror = mirror_at(folder)
-    if mirror is None:
-        raise SourceError(
-            f"{folder}: a part of a remote model, kept by taia; name the model by its own address"
-        )
-    return mirror
+    for folder, files in _wanted(reads).items():
+        mirror = mirror_of(folder)
+        if mirror is not None and mirror.missing(files):
+            name, ranges = next(iter(mirror.missing(files).items()))
+            refuse_hole(folder / name, *ranges[0])
 
 
 def _wanted(reads: Reads) -> dict[Path, dict[str, list[Range]]]:

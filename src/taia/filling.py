@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from taia.copying import copy_range, create, start_writing, write_all
+from taia.holes import refuse_hole
 from taia.pieces import Blend, Copy, Merge, Parted, Piece
 from taia.shards import Shard
 from taia.workers import nothing, on_all_cores
@@ -141,6 +142,7 @@ def _carry_out(step: Step, path: Path) -> int:
     """Write one step, and let the disk begin with it. Returns its bytes."""
     with path.open("r+b", buffering=0) as target:
         if isinstance(step, Range):
+            refuse_hole(step.source, step.start, step.start + step.length)
             with step.source.open("rb", buffering=0) as source:
                 copy_range(source, target, step.start, step.to, step.length)
             written = step.length

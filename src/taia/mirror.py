@@ -21,7 +21,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from io import FileIO
@@ -121,7 +121,7 @@ class Mirror:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             futures = [pool.submit(self._fetch_part, *item, told, stopped) for item in work]
             try:
-                for future in futures:
+                for future in as_completed(futures):  # the first fault ends them all
                     future.result()
             except BaseException:  # an interrupt too: no thread goes on
                 stopped.set()
@@ -167,7 +167,8 @@ class Mirror:
         with (self.folder / name).open("r+b", buffering=0) as file:
             file.seek(start)
             try:
-                for chunk in read(self.remote, name, self.weights[name], start, stop):
+                stated = self.weights[name]
+                for chunk in read(self.remote, name, stated, start, stop, stopped.wait):
                     if stopped.is_set():
                         return
                     view = memoryview(chunk)

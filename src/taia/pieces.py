@@ -17,6 +17,7 @@ from taia.checkpoint import Checkpoint, Tensor
 from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
 from taia.fused import Cut, Parts
+from taia.holes import refuse_hole
 from taia.plan import Decision, Origin, Plan, stored_name
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Copy:
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most BUFFER."""
         left = self.tensor.bytes
+        refuse_hole(self.folder / self.tensor.file, self.tensor.start, self.tensor.stop)
         with (self.folder / self.tensor.file).open("rb", buffering=0) as file:
             file.seek(self.tensor.start)
             while left:

@@ -21,7 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from taia.errors import SourceError
-from taia.remote import MIRROR_MARKER
+from taia.holes import mirror_of
 
 __all__ = ["Form", "Source", "resolve"]
 
@@ -134,18 +134,9 @@ def _hub(text: str, *, headers_only: bool) -> Source:
 
 def _without_holes(source: Source) -> Source:
     """The same source with every byte of its weights on this disk."""
-    if not (source.path / MIRROR_MARKER).is_file():
-        return source
-    from taia.mirror import is_incomplete, mirror_at
-
-    mirror = mirror_at(source.path)
+    mirror = mirror_of(source.path)
     if mirror is not None:
         mirror.fetch_all(SNAPSHOT)
-    elif is_incomplete(source.path):
-        raise SourceError(
-            f"{source.text}: a part of a remote model, with holes in its weights; name the model "
-            "by its own address"
-        )
     return source
 
 

@@ -7,7 +7,7 @@ after the last that arrived. Attempts without any progress are few, with a growi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from taia.errors import SourceError
 from taia.remote import Remote, Stated, TransferError
@@ -19,6 +19,8 @@ PART = 16 * 1024 * 1024
 
 PAUSE = 0.25
 """Seconds before the second attempt; doubled before every further one."""
+
+Wait = Callable[[float], object]
 
 Range = tuple[int, int]
 """Bytes `[start, stop)` of a file."""
@@ -68,9 +70,12 @@ def parts(ranges: Iterable[Range]) -> Iterator[Range]:
             yield first, min(first + PART, stop)
 
 
-def read(remote: Remote, name: str, stated: Stated, start: int, stop: int) -> Iterator[bytes]:
+def read(
+    remote: Remote, name: str, stated: Stated, start: int, stop: int, wait: Wait | None = None
+) -> Iterator[bytes]:
     """Bytes `[start, stop)` of a remote file, in order, over as many connections as it takes.
 
+    `wait` is called with the seconds before another attempt, and sleeps without it.
     Raises SourceError when no more bytes come, or for what `Remote.stream` refuses.
     """
     failures = 0
@@ -84,7 +89,7 @@ def read(remote: Remote, name: str, stated: Stated, start: int, stop: int) -> It
                 raise TransferError("the answer ended early")
         except TransferError as fault:
             failures += 1
-            _again(remote, name, fault, failures)
+            _again(remote, name, fault, failures, wait)
 
 
 def find(remote: Remote, patterns: Sequence[str]) -> dict[str, Stated]:
@@ -98,7 +103,9 @@ def find(remote: Remote, patterns: Sequence[str]) -> dict[str, Stated]:
             _again(remote, "", fault, failures)
 
 
-def _again(remote: Remote, name: str, fault: TransferError, failures: int) -> None:
+def _again(
+    remote: Remote, name: str, fault: TransferError, failures: int, wait: Wait | None = None
+) -> None:
     """Wait before another attempt, or raise SourceError after the last."""
     if failures >= fault.attempts:
         place = f"{remote.text}: {name}: " if name else f"{remote.text}: "
@@ -106,4 +113,4 @@ def _again(remote: Remote, name: str, fault: TransferError, failures: int) -> No
             f"{place}{fault} ({failures} attempts). What has arrived of the weights is kept, and "
             "the same command goes on from there"
         ) from fault
-    time.sleep(max(fault.wait, PAUSE * 2 ** (failures - 1)))
+    (wait or time.sleep)(max(fault.wait, PAUSE * 2 ** (failures - 1)))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from taia.checkpoint import INDEX, Tensor
 from taia.copying import BLOCK
+from taia.holes import mirror_of
 from taia.receipt import Entry, FileIdentity, SourceRecord, digest_of, identity
-from taia.remote import MIRROR_MARKER
 from taia.untrusted import refuse_stray_link
 
 __all__ = [
@@ -84,11 +84,8 @@ def copy_companions(
 def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
     """A source as it stands now; of a remote one, as its server states it."""
     files = list(files)
-    if files and (path / MIRROR_MARKER).is_file():
-        from taia.mirror import mirror_at
-
-        mirror = mirror_at(path)
-        assert mirror is not None  # nothing of a mirror that is not open is ever read
+    mirror = mirror_of(path) if files else None
+    if mirror is not None:
         sizes = {file: FileIdentity(mirror.weights[file].size, 0) for file in files
                  if file in mirror.weights}  # fmt: skip
         return SourceRecord(text, mirror.remote.url, sizes, mirror.stated(sizes))
