@@ -13,12 +13,14 @@ from adapter_tools import SETTINGS, close, load, logits, save_adapter
 from conftest import FAMILIES
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import taia
 from taia.adapter import addresses_of, read_adapter
+from taia.checkpoint import read_header
 from taia.kinds import Kind
+from taia.writing import header_digest
 
 # PEFT says so each time an adapter is saved for a base that is not on the hub
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -324,3 +326,38 @@ def test_the_depth_of_a_gguf_base_is_read_from_its_head(adapters, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(taia.TaiaError, match="not a readable GGUF"):
         taia.splice(tmp_path / "broken.gguf", adapter, tmp_path / "no", keep="attention[-3:]")
+
+
+def test_a_merge_verifies_where_products_are_summed_in_another_order(adapters, tmp_path):
+    """Its digest guards the bytes; the sources guard what they mean."""
+    import dataclasses
+
+    from taia.hashing import digests
+    from taia.receipt import Receipt
+
+    base, adapter = adapters("llama", "plain")
+    out = tmp_path / "out"
+    receipt = taia.splice(base, adapter, out, keep="attention", merge=True)
+    merged = [entry for entry in receipt.tensors if entry.origin == "blend"]
+    assert all(entry.digest for entry in merged)
+    assert not any(entry.digest for entry in receipt.tensors if entry.origin == "base")
+
+    def changed(by: float) -> None:
+        """The merge of a machine whose sums differ, with a receipt of its own."""
+        tensors = load_file(out / "model.safetensors")
+        tensors[merged[0].name] += by
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        now = read_header(out / "model.safetensors")
+        rows = [dataclasses.replace(e, start=now[e.name].start, stop=now[e.name].stop)
+                for e in receipt.tensors]  # fmt: skip
+        found = digests(out, [e for e in rows if e.digest], receipt.algorithm)
+        rows = [dataclasses.replace(e, digest=found.get(e.name)) for e in rows]
+        head = header_digest(out / "model.safetensors")
+        headers = {"model.safetensors": head}
+        dataclasses.replace(receipt, tensors=rows, headers=headers).write(out)
+
+    changed(1e-8)
+    assert taia.verify(out) == Receipt.read(out)
+    changed(1e-3)
+    with pytest.raises(taia.VerificationError, match="differs from its source"):
+        taia.verify(out)

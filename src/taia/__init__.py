@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taia.errors import TaiaError, VerificationError
     from taia.evaluation.harness import evaluate
     from taia.experiment import run
+    from taia.extract import extract
     from taia.kinds import Address, Kind, classify
     from taia.plan import Plan, plan
     from taia.receipt import Receipt
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "classify",
     "evaluate",
+    "extract",
     "finetune",
     "plan",
     "report",
@@ -68,6 +70,7 @@ _HOMES = {
     "attach": "attach",
     "classify": "kinds",
     "evaluate": "evaluation.harness",
+    "extract": "extract",
     "finetune": "training.finetune",
     "plan": "plan",
     "report": "report",

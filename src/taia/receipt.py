@@ -103,7 +103,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one splice or slice wrote. `form` is checkpoint or adapter.
+    """What one splice, slice or extraction wrote: a checkpoint, or an adapter.
 
     `files` holds the SHA-256 of every other file of the output (configuration, tokenizer,
     model card). `headers` holds the SHA-256 of the header of each weight file. `algorithm`
@@ -113,7 +113,7 @@ class Receipt:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    form: Literal["checkpoint", "adapter"]
+    form: Literal["checkpoint", "adapter", "extracted"]
     selection: str
     base: SourceRecord | None
     tuned: SourceRecord

@@ -22,7 +22,7 @@ from taia.downloads import Download
 from taia.errors import SourceError
 from taia.files import check_room, refuse_existing, refuse_overlap, staged_folder
 from taia.filling import fill
-from taia.pieces import Copy, Piece, pieces
+from taia.pieces import Copy, Merge, Piece, pieces
 from taia.plan import Plan, plan
 from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
@@ -134,11 +134,24 @@ def execute(
             from taia.hashing import with_digests
 
             receipt = replace(receipt, tensors=with_digests(folder, entries))
+        else:
+            receipt = replace(receipt, tensors=_with_merges(folder, entries, parts))
         for source in (planned.base, planned.tuned):
             if isinstance(source, Checkpoint):
                 source.refuse_changed()
         receipt.write(folder)
     return receipt
+
+
+def _with_merges(folder: Path, entries: Sequence[Entry], parts: Mapping[str, Piece]) -> list[Entry]:
+    """The entries with the digest of every merge: another machine may sum in another order."""
+    merged = [entry for entry in entries if isinstance(parts[entry.name], Merge)]
+    if not merged:
+        return list(entries)
+    from taia.hashing import with_digests
+
+    found = {entry.name: entry for entry in with_digests(folder, merged)}
+    return [found.get(entry.name, entry) for entry in entries]
 
 
 class _Counter:

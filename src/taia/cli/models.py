@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Literal
 
 from taia.cli.options import Command, add_json, add_keep, add_models, add_overwrite
-from taia.cli.printing import bytes_progress, print_json, print_plan, print_receipt
+from taia.cli.printing import (
+    bytes_progress,
+    print_extraction,
+    print_json,
+    print_plan,
+    print_receipt,
+)
 
 __all__ = ["COMMANDS"]
 
@@ -40,6 +47,12 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
         "--merge", action="store_true", help="of an adapter, write a full checkpoint"
     )
     parser.add_argument(
+        "--extract",
+        metavar="RANK",
+        type=rank,
+        help="of two checkpoints, write a LoRA adapter of this rank, or of 'full' rank",
+    )
+    parser.add_argument(
         "--hash", action="store_true", help="store digests, to verify without the sources"
     )
     parser.add_argument(
@@ -59,6 +72,9 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
 
 def splice(options: argparse.Namespace) -> None:
     """Write the model, or the sliced adapter, that keeps a selection of the delta."""
+    if options.extract is not None:
+        extract(options)
+        return
     from taia.splice import splice as carry_out
 
     if options.push:
@@ -84,6 +100,29 @@ def splice(options: argparse.Namespace) -> None:
 
         address = push(options.out, options.push, private=options.private)
         print(f"uploaded: {address}", file=sys.stderr if options.as_json else sys.stdout)
+
+
+def rank(text: str) -> int | Literal["full"]:
+    """The value of --extract."""
+    return "full" if text == "full" else int(text)
+
+
+def extract(options: argparse.Namespace) -> None:
+    """Carry out `taia splice --extract`."""
+    from taia.errors import SelectionError
+    from taia.extract import extract as carry_out
+
+    if options.merge:
+        raise SelectionError("--merge makes a checkpoint of an adapter, --extract the reverse")
+    extraction = carry_out(
+        options.base,
+        options.tuned,
+        options.out,
+        None if options.extract == "full" else options.extract,
+        options.keep,
+        overwrite=options.overwrite,
+    )
+    print_extraction(extraction, options.out, options.as_json)
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taia.extract import Extraction
     from taia.plan import Plan
     from taia.receipt import Receipt
     from taia.splice import Progress
 
 __all__ = [
     "bytes_progress",
+    "print_extraction",
     "print_json",
     "print_plan",
     "print_receipt",
@@ -63,6 +65,26 @@ def print_receipt(receipt: Receipt, out: Path, done: str, as_json: bool) -> None
         if origin in origins
     )
     print(f"{out}: {done}, keeping '{receipt.selection}': {len(origins)} tensors, {counts}")
+
+
+def print_extraction(extraction: Extraction, out: Path, as_json: bool) -> None:
+    """Print how well an extracted adapter fits: every matrix, and all together."""
+    if as_json:
+        print_json(extraction.to_json())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("matrix", "kind", "shape", "relative error")
+    for row in extraction.matrices:
+        shape = " x ".join(f"{size:,}" for size in row.shape)
+        table.add_row(row.name, row.kind, shape, f"{row.error:.4f}")
+    Console().print(table)
+    whole = f", {len(extraction.whole)} vectors whole" if extraction.whole else ""
+    print(
+        f"{out}: written, keeping '{extraction.receipt.selection}': {len(extraction.matrices)} "
+        f"matrices at rank {extraction.rank}{whole}; relative error {extraction.error:.4f}"
+    )
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

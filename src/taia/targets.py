@@ -1,0 +1,214 @@
+"""Where the kept deltas of a splice fit into a LoRA adapter, by PEFT's names.
+
+A stored matrix is a module's weight, or a part of the live tensor in which transformers joins
+experts that lie one by one. Data in: a plan between two checkpoints. Data out: one Target for
+each live tensor that changes, with the stored matrices it is made of; vectors that change,
+which an adapter can only hold whole; and a fault for what neither can hold. Weights are read
+as far as is needed to know whether they changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from taia.arrays import DTYPES, Array, read_array, widen
+from taia.checkpoint import FLOATS
+from taia.kinds import Kind
+from taia.layouts import Place, family_of, place_of
+from taia.lora import is_conv1d
+from taia.pieces import Copy, Piece, pieces
+from taia.plan import Decision, Origin, Plan
+from taia.stacked import IN_OUT_TYPES
+
+__all__ = ["Target", "Targets", "find_targets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor of a target: what the splice makes of it, and its bytes in the base."""
+
+    name: str
+    piece: Piece
+    base: Copy
+
+    def delta(self) -> Array:
+        """What the splice changes, in float32 (float64 of float64)."""
+        tensor = self.base.tensor
+        raw = b"".join(self.piece.chunks())
+        spliced = widen(np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape))
+        delta: Array = spliced - widen(read_array(self.base.folder, tensor))
+        return delta
+
+    def changes(self) -> bool:
+        """Whether a single byte differs; stops at the first that does."""
+        if isinstance(self.piece, Copy) and self.piece == self.base:
+            return False
+        return any(a != b for a, b in zip_longest(_even(self.piece), _even(self.base)))
+
+
+def _even(piece: Piece) -> Iterator[bytes]:
+    """The chunks of a piece cut to one size, so that two of them can be compared."""
+    size, kept = 1 << 20, b""
+    for chunk in piece.chunks():
+        kept += chunk
+        while len(kept) >= size:
+            yield kept[:size]
+            kept = kept[size:]
+    yield kept
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A live tensor that LoRA can change.
+
+    items: per expert (one where there are none) the stored tensors that lie one below another.
+    form: linear, conv1d (stored as in, out), embedding, or experts (a parameter, stacked).
+    """
+
+    name: str
+    form: str
+    kind: Kind
+    dtype: str
+    items: tuple[tuple[Part, ...], ...]
+    experts: int = 1
+    in_out: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that PEFT puts its factors beside."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the delta of one item, as B @ A has it."""
+        first = self.items[0][0].base.tensor.shape
+        rows = sum(part.base.tensor.shape[-2] for part in self.items[0])
+        return (first[-1], rows) if self._turned else (rows, first[-1])
+
+    @property
+    def _turned(self) -> bool:
+        return self.form in ("conv1d", "embedding") or self.in_out
+
+    def deltas(self) -> Iterator[Array]:
+        """The delta of each expert, (out, in), one at a time."""
+        for parts in self.items:
+            whole = np.concatenate([part.delta() for part in parts], axis=-2)
+            for delta in whole if whole.ndim == 3 else [whole]:
+                yield delta.T if self._turned else delta
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What changes: matrices for factors, vectors by live name, and what cannot be held."""
+
+    matrices: tuple[Target, ...]
+    whole: dict[str, Part]
+    faults: tuple[str, ...]
+
+
+def find_targets(planned: Plan) -> Targets:
+    """The targets of a plan without faults."""
+    made = pieces(planned)
+    decisions = {decision.name: decision for decision in planned.decisions}
+    groups: dict[str, list[tuple[Place, Part]]] = {}
+    faults = []
+    for name, decision in decisions.items():
+        tensor = planned.base.tensors[name]
+        part = Part(name, made[name], Copy(planned.base.path, tensor))
+        if decision.source is Origin.BASE:
+            continue
+        if tensor.dtype not in FLOATS:
+            faults.append(f"{name}: dtype {tensor.dtype} has no delta")
+        elif decision.bytes != tensor.bytes:
+            faults.append(f"{name}: the vocabulary was resized, and its new rows have no base")
+        elif part.changes():
+            live, place = _live(name, decision, planned.base.model_type)
+            groups.setdefault(live, []).append((place, part))
+    matrices: list[Target] = []
+    whole: dict[str, Part] = {}
+    for live, parts in groups.items():
+        decision = decisions[parts[0][1].name]
+        try:
+            target = _target(live, decision, parts, planned)
+        except ValueError as reason:
+            faults.append(f"{live}: {reason}")
+            continue
+        if target is None:
+            whole[live] = parts[0][1]
+        else:
+            matrices.append(target)
+    return Targets(tuple(matrices), whole, tuple(faults))
+
+
+def _live(name: str, decision: Decision, model_type: str) -> tuple[str, Place]:
+    """The live name of a stored tensor, and its place in the live tensor."""
+    family = family_of(model_type)
+    place = place_of(name, family)
+    key = place.lives[0]
+    outside = decision.address.kind is Kind.HEAD and not name.startswith(f"{family.prefix}.")
+    return (key if outside or not family.prefix else f"{family.prefix}.{key}"), place
+
+
+def _target(
+    live: str, decision: Decision, parts: list[tuple[Place, Part]], planned: Plan
+) -> Target | None:
+    """The target of a live tensor; None for a vector. Raises ValueError with the reason if none."""
+    kind, model_type = decision.address.kind, planned.base.model_type
+    tensor = parts[0][1].base.tensor
+    if kind in (Kind.EMBEDDING, Kind.HEAD) and _is_tied(planned):
+        raise ValueError(
+            "the base ties embedding and head, and LoRA would change one of them; leave them out: "
+            "'- embedding - head'"
+        )
+    if parts[0][0].operations:
+        return _joined(live, kind, parts, planned)
+    if len(tensor.shape) == 1 and live.endswith((".weight", ".bias")):
+        return None
+    single = ((parts[0][1],),)
+    if len(tensor.shape) == 3 and kind in (Kind.FFN, Kind.ATTENTION):
+        in_out = model_type in IN_OUT_TYPES
+        return Target(live, "experts", kind, tensor.dtype, single, tensor.shape[0], in_out)
+    if len(tensor.shape) != 2 or not live.endswith(".weight"):
+        raise ValueError(f"{list(tensor.shape)} is no matrix of a module, which LoRA could change")
+    form = "linear"
+    if kind is Kind.EMBEDDING:
+        form = "embedding"
+    elif kind is Kind.ROUTER:
+        form = "experts"  # a parameter of its module, as stacked experts are
+    elif is_conv1d(live.rpartition(".")[0], model_type):
+        form = "conv1d"
+    return Target(live, form, kind, tensor.dtype, single)
+
+
+def _joined(live: str, kind: Kind, changed: list[tuple[Place, Part]], planned: Plan) -> Target:
+    """Experts that are stored one by one; all of them, changed or not."""
+    if any(set(place.operations) - {"stack 0", "concatenate 1"} for place, _ in changed):
+        raise ValueError("its parts are not stored one below another; save both in one layout")
+    made, family = pieces(planned), family_of(planned.base.model_type)
+    wanted = changed[0][0].lives[0]
+    items: dict[int, list[tuple[int, Part]]] = {}
+    for name, tensor in planned.base.tensors.items():
+        place = place_of(name, family)
+        if place.lives[0] == wanted:
+            part = Part(name, made[name], Copy(planned.base.path, tensor))
+            items.setdefault(place.item, []).append((place.source, part))
+    ordered = [tuple(p for _, p in sorted(items[i], key=lambda x: x[0])) for i in sorted(items)]
+    shapes = {tuple(part.base.tensor.shape for part in item) for item in ordered}
+    if len(shapes) != 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
+        raise ValueError("its experts do not have one shape")
+    dtype = ordered[0][0].base.tensor.dtype
+    return Target(live, "experts", kind, dtype, tuple(ordered), len(ordered))
+
+
+def _is_tied(planned: Plan) -> bool:
+    """Whether the base stores one tensor for its embedding and its head."""
+    ends: dict[Kind, set[tuple[str, int]]] = {Kind.EMBEDDING: set(), Kind.HEAD: set()}
+    for decision in planned.decisions:
+        if decision.address.kind in ends and decision.address.tower == "language":
+            tensor = planned.base.tensors[decision.name]
+            ends[decision.address.kind].add((tensor.file, tensor.start))
+    return not ends[Kind.HEAD] or bool(ends[Kind.HEAD] & ends[Kind.EMBEDDING])
