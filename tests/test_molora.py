@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 from chat_tools import tiny_chat_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,7 +20,8 @@ import taia
 from taia.adapter import read_adapter
 from taia.analysis.deltas import delta_norms
 from taia.attach import attach
-from taia.errors import CheckpointError, MismatchError, RecipeError
+from taia.changes import PREFIX
+from taia.errors import CheckpointError, MismatchError, RecipeError, TaiaError
 from taia.load import load_model
 from taia.molora import MoLoraConfig, MoLoraLinear, mixtures, register
 from taia.routing import balance_loss, gates, routing
@@ -263,8 +266,8 @@ def test_attention_alone_merges_and_a_mixture_does_not(base, adapter, tmp_path):
 def test_ranks_that_differ_are_padded_expert_by_expert(base, tmp_path):
     register()
     torch.manual_seed(2)
-    settings = config(rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 7})
-    model = get_peft_model(load_model(base, dtype="float32"), settings)
+    uneven = config(rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 7})
+    model = get_peft_model(load_model(base, dtype="float32"), uneven)
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     taia.slice_adapter(tmp_path / "adapter", tmp_path / "sliced", "all", base=base)
@@ -310,11 +313,40 @@ BROKEN = {
 def test_a_broken_mixture_is_refused(what, adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     stored = json.loads((adapter / "adapter_config.json").read_text())
-    change, settings = BROKEN[what]
+    change, other = BROKEN[what]
     save_file(change(tensors), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | settings))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | other))
     with pytest.raises(CheckpointError, match="experts"):
         read_adapter(tmp_path)
+
+
+SHAPES = st.lists(st.integers(0, 6), max_size=3).map(tuple)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shapes_and_settings_are_read_or_refused(data, adapter, tmp_path_factory):
+    """Whole mixtures, halves, wrong shapes, wrong counts: a TaiaError, or rank and experts."""
+    place = f"{PREFIX}model.layers.0.mlp.up_proj."
+    names = ("experts_A.weight", "experts_B.weight", "router.weight", "router.bias")
+    fits = ((6, 4), (5, 6), (3, 4), (3,))
+    tensors = {
+        f"{place}lora_{name}": torch.zeros(data.draw(st.just(shape) | SHAPES))
+        for name, shape in zip(names, fits, strict=True)
+        if data.draw(st.integers(0, 9)) > 0
+    }
+    changes = {"experts": 3, "expert_modules": data.draw(st.sampled_from([["up_proj"], None, 3]))}
+    changes["experts_per_token"] = data.draw(st.sampled_from([1, 2, 3, 4, 0, "1", None]))
+    folder = tmp_path_factory.mktemp("drawn")
+    stored = json.loads((adapter / "adapter_config.json").read_text())
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(stored | changes))
+    try:
+        (experts,) = read_adapter(folder).modules.values()
+    except TaiaError:
+        return
+    assert (experts.experts, experts.rank * 3) == (3, tensors[f"{place}lora_{names[0]}"].shape[0])
+    assert experts.a.shape[1] == experts.router[0].shape[1]
 
 
 def test_settings_that_cannot_be():

@@ -224,6 +224,16 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_cut(method, base):
     same(found[0][1], found[1][1])
 
 
+def test_reentrant_checkpointing_cannot_lose_the_balance_loss(base):
+    model = tuned(base, "molora").train()
+    model.enable_input_require_grads()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    objective, inputs = Objective(model, Additions(balance=0.1)), batch()
+    outputs = model(**inputs)
+    with pytest.raises(RecipeError, match="use_reentrant=False"):
+        objective.total(outputs.loss, outputs, inputs, Part(0, 1, None, 1))
+
+
 FAST = {"batch_size": 4, "learning_rate": 1e-2, "rank": 2, "max_length": 64, "max_steps": 4}
 CASES = {
     "lora": {"penalty": {"l2": 0.1, "ewc": 1.0, "kl": 0.1}},

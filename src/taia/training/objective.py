@@ -2,8 +2,9 @@
 
 transformers' Trainer, with its loss taken as the task's. Added are the penalties that hold the
 fine-tune near its base (`taia.training.penalties`) and the balance loss of routed experts, each
-with its strength. What depends on the parameters alone is computed once a step; what depends on
-the batch is summed over its parts so that a step has the same gradients however it is cut.
+with its strength. What depends on the parameters alone is computed once a step. The task's loss
+and KL are sums over tokens, so that a step has the same gradients however its batch is cut into
+parts and over processes. The balance loss is the mean over the parts, each balanced by itself.
 
 log.jsonl then has, for each step, task_loss and the plain value of every addition (loss is all
 of it together), and of routed experts router_entropy (nats), router_load_0, router_load_1, ...
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from taia.errors import RecipeError
 from taia.routing import Routing, balance_loss
 from taia.training.penalties import deltas, ewc, kl, l2, without_adapter
 from taia.training.spans import IGNORED
@@ -92,6 +94,7 @@ class Objective:
         if seen:
             statistics = _statistics(seen)
             if self.added.balance:
+                _refuse_lost_gradients(statistics["balance"])
                 share = part.divisor / part.parts
                 loss = loss + self.added.balance * statistics["balance"] * share
             for name, value in statistics.items():
@@ -182,6 +185,15 @@ def _of_parameters(model: Any, added: Additions) -> dict[str, Tensor]:
         assert added.fisher is not None
         values["ewc"] = ewc(deltas(model, added.copy), added.fisher)
     return values
+
+
+def _refuse_lost_gradients(balance: Tensor) -> None:
+    """Reentrant gradient checkpointing runs the forward pass without gradients."""
+    if not balance.requires_grad:
+        raise RecipeError(
+            "the balance loss has no gradients under reentrant gradient checkpointing; switch "
+            "it on with use_reentrant=False"
+        )
 
 
 def _statistics(seen: list[Routing]) -> dict[str, Tensor]:
