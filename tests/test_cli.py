@@ -169,3 +169,18 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(pair, tmp_path,
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert f"pip install 'taia[{extra}]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--penalty", "l2"], "NAME=STRENGTH"),
+        (["--penalty", "l2=much"], "NAME=STRENGTH"),
+        (["--penalty", "l2=1", "--penalty", "l2=2"], "l2: given more than once"),
+    ],
+)
+def test_penalties_are_named_once_with_a_strength(words, said, tmp_path):
+    done = run("train", "--base", "b", "--data", "d", "--out", tmp_path / "out", *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()

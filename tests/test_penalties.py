@@ -102,6 +102,25 @@ def test_l2_and_ewc_are_those_of_the_product(method, base):
         same(gradients(ours, model), gradients(theirs, model))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_delta_is_kept_for_the_way_back(method, base):
+    model = tuned(base, method)
+    start = {n: t.float() for n, t in load_file(base / "model.safetensors").items()}
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = ewc(deltas(model), start.__getitem__) + l2(deltas(model))
+    smallest = min(p.numel() for n, p in model.named_parameters() if "base_layer" in n)
+    assert value.requires_grad
+    assert max(kept, default=0) < smallest
+
+
 @pytest.mark.parametrize("method", ["lora", "molora"])
 def test_conv1d_weights_are_the_other_way_round(method, gpt2):
     model = tuned(gpt2, method)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from taia.cli.options import MODEL, Command, add_json, add_overwrite, split_list
 from taia.cli.printing import print_json, print_summary, read_summary
+from taia.errors import RecipeError
 
 __all__ = ["COMMANDS"]
 
@@ -34,9 +35,19 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, default=32, help="LoRA alpha (default: 32)")
     add("--dropout", type=float, default=0.05, help="LoRA dropout (default: 0.05)")
     add("--experts", type=int, default=4, help="molora: experts on a layer (default: 4)")
-    add("--experts-per-token", type=int, default=1, help="molora: of which a token takes (1)")
+    add(
+        "--experts-per-token",
+        type=int,
+        default=1,
+        help="molora: of which a token takes (default: 1)",
+    )
     add("--balance", type=float, default=0.0, help="molora: load-balancing loss (default: 0)")
-    add("--expert-dropout", type=float, default=0.0, help="molora: (default: 0)")
+    add(
+        "--expert-dropout",
+        type=float,
+        default=0.0,
+        help="molora: how likely a token is kept from an expert (default: 0)",
+    )
     add(
         "--penalty", metavar="NAME=STRENGTH", type=_strength, action="append", default=[],
         help="hold the fine-tune near the base: l2, ewc or kl; may be given several times",
@@ -68,6 +79,15 @@ def _strength(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=STRENGTH, as in l2=0.1") from None
 
 
+def _once(penalties: list[tuple[str, float]]) -> dict[str, float]:
+    """Strengths by name. Raises RecipeError for a name that is given twice."""
+    names = [name for name, _ in penalties]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"--penalty {', '.join(twice)}: given more than once")
+    return dict(penalties)
+
+
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a model on chats. Defaults are the paper's; loss on the assistant's tokens."""
     import dataclasses
@@ -79,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
         rank=options.rank, alpha=options.alpha, dropout=options.dropout,
         experts=options.experts, experts_per_token=options.experts_per_token,
         balance=options.balance, expert_dropout=options.expert_dropout,
-        penalty=dict(options.penalty), fisher_data=options.fisher_data,
+        penalty=_once(options.penalty), fisher_data=options.fisher_data,
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
         batch_size=options.batch_size, max_length=options.max_length,
