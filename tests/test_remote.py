@@ -188,22 +188,26 @@ def test_a_file_that_changes_between_header_and_weights_is_an_error(server, root
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_loses_little(server, root, tmp_path):
-    """SIGKILL, then the same command: what had arrived is not fetched again."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_kill_in_the_middle_loses_little(server, root, tmp_path, how):
+    """A signal, then the same command: what had arrived is not fetched again."""
     urls = [f"{server.url}/base", f"{server.url}/tuned"]
     code = (
-        "import sys, taia, taia.transfer as t, taia.mirror as m\n"
-        "t.PART = m.FLUSH = 1 << 20; taia.splice(*sys.argv[1:])"
+        "import sys, taia.transfer as t, taia.mirror as m\n"
+        "from taia.cli import main\nt.PART = m.FLUSH = 1 << 20; main()"
     )
-    command = [sys.executable, "-c", code, *urls, str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, "splice", *urls, str(tmp_path / "out")]
     limit = 25_000_000
     server.reset(lambda *_: time.sleep(0.02) or None)
     child = subprocess.Popen(command)
     while server.body < limit and child.poll() is None:
         time.sleep(0.005)
     assert child.poll() is None, "it ended before it could be killed"
-    child.send_signal(signal.SIGKILL)
+    child.send_signal(how)
+    begun = time.monotonic()
     child.wait()
+    assert time.monotonic() - begun < 5
+    assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
     time.sleep(0.2)
     first = server.body
     subprocess.run(command, check=True)
@@ -294,6 +298,20 @@ def test_an_adapter_and_its_base_on_a_server(server, root, tmp_path):
     taia.splice(root / "base", root / "adapter", tmp_path / "locally", merge=True)
     assert weights_of(tmp_path / "merged") == weights_of(tmp_path / "locally")
     taia.verify(tmp_path / "merged")
+
+
+def test_a_cache_that_is_gone_or_full_is_one_message(server, tmp_path):
+    import shutil
+
+    from taia.splice import execute
+
+    planned = taia.plan(f"{server.url}/small-base", f"{server.url}/small-tuned")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(taia.TaiaError, match=r"no such|cannot keep|cannot be read|a hole|gone"):
+        execute(planned, tmp_path / "out")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(taia.TaiaError, match="cannot keep what is downloaded"):
+        taia.plan(f"{server.url}/small-base", f"{server.url}/small-tuned")
 
 
 def test_an_index_that_leads_elsewhere_writes_nowhere(server, root, tmp_path):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 
-from taia.errors import SourceError
+from taia.errors import OutputError, SourceError
 from taia.files import atomic_write, check_room, read_json, staged_folder
 from taia.remote import MIRROR_MARKER, Remote, Stated, plain_name
 from taia.transfer import Range, find, merged, parts, read, subtracted, total
@@ -91,7 +92,8 @@ class Mirror:
         """
         from filelock import FileLock, Timeout
 
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with writable(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"), timeout=wait)
         try:
             lock.acquire()
@@ -113,6 +115,12 @@ class Mirror:
         Raises SourceError, also for a file that is then whole and has another SHA-256 than
         the server states.
         """
+        with writable(self.folder):
+            self._fetch(wanted, on_bytes)
+
+    def _fetch(
+        self, wanted: Mapping[str, Sequence[Range]], on_bytes: Callable[[int], None] | None
+    ) -> None:
         missing = self.missing(wanted)
         check_room(self.folder, sum(total(ranges) for ranges in missing.values()))
         work = [(name, *part) for name, ranges in missing.items() for part in parts(ranges)]
@@ -141,7 +149,8 @@ class Mirror:
         """Bring the small files that match `patterns` (tokenizer, chat template) up to date."""
         for name, stated in find(self.remote, patterns).items():
             if not name.endswith(".safetensors") and name != INDEX:
-                _write_small(self.remote, self.folder, name, stated)
+                with writable(self.folder):
+                    _write_small(self.remote, self.folder, name, stated)
 
     def release(self) -> None:
         """Give the room of the weights back; headers stay."""
@@ -255,6 +264,18 @@ def is_incomplete(folder: Path) -> bool:
     return not Mirror(None, folder, weights).is_whole()  # type: ignore[arg-type]
 
 
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn what the disk says (it is full, the cache was removed) into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot keep what is downloaded: {error}; make room, or set TAIA_CACHE to "
+            "another folder, and run the command again"
+        ) from error
+
+
 def _shards(remote: Remote, index: bytes) -> dict[str, Stated]:
     """What is stated of the shards that an index names; the index itself is judged elsewhere."""
     try:
@@ -276,7 +297,8 @@ def _place(remote: Remote, stated: Mapping[str, Stated]) -> Path:
     """Where in the cache a mirror is: by its address, then by what its files are."""
     cache = Path(os.environ.get("TAIA_CACHE") or "~/.cache/taia").expanduser().absolute()
     facts = json.dumps([remote.url, {n: asdict(s) for n, s in sorted(stated.items())}])
-    return cache / "remote" / _short(remote.text) / _short(facts)
+    readable = re.sub(r"[^\w.-]+", "-", remote.text)[-80:]
+    return cache / "remote" / f"{readable}-{_short(remote.text)}" / _short(facts)
 
 
 def _short(text: str) -> str:
