@@ -211,11 +211,12 @@ TYPES = ["mixtral", "qwen3_moe", "gemma3", "gpt_neox"]
 @pytest.mark.parametrize("model_type", [*TYPES, pytest.param("every", marks=pytest.mark.slow)])
 def test_names_go_where_transformers_puts_them(model_type):
     """The rules as they ship against the library's own renaming of every name on disk."""
-    from kind_configs import build as on_meta
-    from kind_configs import model_types
-    from kind_disk import _loader, _reverted
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
+
+    from taia.derivation.disk import _loader, _reverted
+    from taia.derivation.models import build as on_meta
+    from taia.derivation.models import causal_types as model_types
 
     checked = 0
     for one in model_types() if model_type == "every" else [model_type]:

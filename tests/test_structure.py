@@ -43,6 +43,7 @@ FLOORS = [
     {"writing", "receipt", "arrays", "hashing", "ties"},
     {"selection"},
     {"kinds", "checkpoint"},
+    {"kind_table", "derivation"},
     {"sources", "header", "compare"},
     {"mirror", "holes"},
     {"remote_hub", "remote_storage"},

@@ -4,7 +4,7 @@
     python tools/derive_fused.py --check    compare with the shipped table; 1 if it differs
     python tools/derive_fused.py phi3 ...   print the rules of a few model types
 
-For every fused tensor of kinds.json (qkv, kv, gate_up) a small model is built and
+For every fused tensor of kinds.jsonl (qkv, kv, gate_up) a small model is built and
 fused_laws.py tells the part of each row. The rule of taia.fused that gives the same parts is
 the family's, if it does so for every variant of VARIANTS that the family has. A tensor that
 no rule explains, or that cannot be run, is not in the table.
@@ -22,7 +22,9 @@ from typing import Any
 from fused_laws import attention_rows, feed_forward_rows
 from small_models import small
 
+from taia.derivation.models import causal_types
 from taia.fused import RULES, cut_rule
+from taia.kind_table import family, known_types
 from taia.kinds import Address, classify_all
 from taia.selection import PARTS
 
@@ -36,8 +38,6 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4},
 )
 """Numbers and switches that decide how rows are shared out."""
-
-KINDS = TABLE.with_name("kinds.json")
 
 Found = dict[str, dict[str, str]]
 
@@ -75,11 +75,12 @@ def derive(types: Iterable[str]) -> tuple[Found, dict[str, str]]:
 
 def fused_types() -> list[str]:
     """The model types that have a fused projection, by the table of kinds."""
-    table = json.loads(KINDS.read_text(encoding="utf-8"))
+    causal = causal_types()
     return [
         model_type
-        for model_type, index in table["models"].items()
-        if any(row.split("/")[1] in PARTS for row in table["families"][index]["rows"])
+        for model_type, line in sorted(known_types().items())
+        if model_type in causal
+        and any(row.projection in PARTS for row in family(line).rows.values())
     ]
 
 

@@ -1,198 +1,163 @@
-"""Derive src/taia/kinds.json from the module structure of transformers' models.
+"""Derive src/taia/kinds.jsonl from the module structure of transformers' models.
 
-    python tools/derive_kinds.py            write the table, print what was done
+    python tools/derive_kinds.py            write the table and docs/kinds.md, print the counts
     python tools/derive_kinds.py --check    compare with the shipped table; 1 if it differs
-    python tools/derive_kinds.py llama ...  print the rows of a few model types
+    python tools/derive_kinds.py --docs     write docs/kinds.md from the shipped table
+    python tools/derive_kinds.py llama ...  print the table of a few model types
 
-Every model type with a causal language model is built from its default config on the
-meta device (no memory, no weights); some need a value or two, stated in kind_configs.py.
-kind_rules.py gives each parameter and persistent buffer its address from the modules
-above it; kind_disk.py adds the names that the same tensors have in files. Then integers
-in names become `*`, tensors of one module share a row, and equal tables are stored once.
-
-A pattern that has different addresses in different layers is ambiguous. It is stored
-with, for each address, its markers: patterns that only such layers hold.
+Every model type with a causal language model or another class with a text decoder is built
+on the meta device (no memory, no weights): taia/derivation has the rules and the configs.
+Then every name of every live model is looked up in the new table, and its address compared
+with the one that the structure gave.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kind_configs import build, model_types, variants
-from kind_disk import disk_rows, stale_rows
-from kind_rules import Row, addresses
+from kinds_page import page
 
-TABLE = Path(__file__).parents[1] / "src" / "taia" / "kinds.json"
-INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
-LEAF = re.compile(r"\.(weight|bias)$")
+from taia.derivation.family import forms_of, table_of
+from taia.derivation.models import FOREIGN, architectures, causal_types
+from taia.derivation.walk import addresses
+from taia.kind_table import read_family
+from taia.kinds import Address, Kind, _addresses
 
-EXTRA_LAYER = re.compile(r"layers\\\.\d+(\\\.)?(\.\*)?$")
-"""An expression that takes a whole layer by its number."""
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "src" / "taia" / "kinds.jsonl"
+PAGE = ROOT / "docs" / "kinds.md"
 
-Family = dict[str, Any]
+Table = dict[str, Any]
 
 
-def derive(types: Iterable[str]) -> tuple[dict[str, Family], dict[str, str]]:
-    """The table of each model type, and for those that failed the reason."""
-    families: dict[str, Family] = {}
-    failed: dict[str, str] = {}
-    for model_type in types:
+@dataclass
+class Derived:
+    """What came out: tables, failures, and every name on which table and structure differ."""
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    disagreements: list[str] = field(default_factory=list)
+    tensors: int = 0
+    models: int = 0
+
+    def add(self, model_type: str) -> None:
+        """Derive one model type and look every tensor of its models up again."""
+        foreign = FOREIGN.get(model_type)
         try:
-            model = build(model_type)
+            forms = forms_of(model_type)
+            table = table_of(forms, foreign=foreign)
         except Exception as error:  # whatever a foreign constructor raises is a reason
-            failed[model_type] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        families[model_type] = family_of(model, *variants(model_type, model))
-    return families, failed
+            self.failed[model_type] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return
+        self.tables[model_type] = table
+        for form in forms:
+            self.models += 1
+            self._compare(model_type, table, form, hides_vision=foreign is not None)
+
+    def _compare(self, model_type: str, table: Table, form: Any, *, hides_vision: bool) -> None:
+        rows = {
+            name: row
+            for name, row in addresses(form).items()
+            if not (hides_vision and row.tower == "vision")
+        }
+        found = _addresses(list(rows), read_family(table))
+        self.tensors += len(rows)
+        for name, row in rows.items():
+            if found[name] != address_of(name, row):
+                self.disagreements.append(f"{model_type}: {name}")
 
 
-def family_of(model: Any, *others: Any) -> Family:
-    """The table of one family: prefix, rows by address, ambiguous patterns, dropped names.
-
-    model, others: the family in its default form, and with options.
-    """
-    named: list[tuple[str, Row]] = []
-    for form in (model, *others):
-        live = addresses(form)
-        named += [*live.items(), *disk_rows(form, live)]
-    rows, ambiguous = _merge(named)
-    for key, row in stale_rows(model).items():
-        if key not in ambiguous:
-            rows.setdefault(pattern(key), row)
-    by_address = defaultdict(list)
-    for key, row in rows.items():
-        by_address[text_of(row)].append(key)
-    family: Family = {
-        "prefix": model.base_model_prefix,
-        "rows": {address: sorted(keys) for address, keys in sorted(by_address.items())},
-    }
-    if ambiguous:
-        family["ambiguous"] = ambiguous
-    family.update(_not_loaded(model, rows))
-    return family
+def address_of(name: str, row: Any) -> Address:
+    """What the structure says of one tensor."""
+    integers = [int(part) for part in name.split(".") if part.isdecimal()]
+    layer = None if row.at is None else integers[row.at] + row.offset
+    return Address(Kind(row.kind), layer, row.projection, row.tower)
 
 
-def _not_loaded(model: Any, rows: dict[str, Row]) -> dict[str, list[str]]:
-    """What transformers says it does not load: extra layers, and other names.
-
-    Extra layers (multi-token prediction) are stored behind the last layer under the names
-    of a layer, so they must be known before the rows are asked.
-    """
-    found = defaultdict(list)
-    for text in sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []):
-        if EXTRA_LAYER.search(text):
-            found["extra"].append(text)
-        elif not any(key.endswith(INTEGER.sub("*", text)) for key in rows):
-            found["dropped"].append(text)
-    return dict(found)
+def derive(types: Iterable[str]) -> Derived:
+    """The tables of some model types, checked."""
+    derived = Derived()
+    for model_type in types:
+        derived.add(model_type)
+    return derived
 
 
-def pattern(name: str) -> str:
-    """The row key of a tensor name: its module, integers replaced."""
-    return INTEGER.sub("*", LEAF.sub("", name))
-
-
-def text_of(row: Row) -> str:
-    """A row as the table writes it: "kind/projection/tower/at/offset"."""
-    at = "" if row.at is None else str(row.at)
-    return f"{row.kind}/{row.projection or ''}/{row.tower}/{at}/{row.offset or ''}"
-
-
-def _merge(named: list[tuple[str, Row]]) -> tuple[dict[str, Row], dict[str, dict[str, list[str]]]]:
-    """Rows by pattern; patterns with several rows apart, with their markers."""
-    found: dict[str, dict[Row, set[tuple[str, ...]]]] = defaultdict(lambda: defaultdict(set))
-    for name, row in named:
-        found[pattern(name)][row].add(tuple(INTEGER.findall(name)))
-    rows = {key: next(iter(choices)) for key, choices in found.items() if len(choices) == 1}
-    where = {key: next(iter(found[key].values())) for key in rows}
-    ambiguous = {
-        key: {text_of(row): _markers(key, row, choices, where) for row in choices}
-        for key, choices in sorted(found.items())
-        if len(choices) > 1
-    }
-    return rows, ambiguous
-
-
-def _markers(
-    key: str,
-    row: Row,
-    choices: dict[Row, set[tuple[str, ...]]],
-    where: dict[str, set[tuple[str, ...]]],
-) -> list[str]:
-    """The patterns of its module that every layer with this row holds, and no other layer."""
-    yes = choices[row]
-    no = set().union(*(places for other, places in choices.items() if other != row))
-    parent = key.rsplit(".", 1)[0] + "."
-    fit = [k for k, places in where.items() if yes <= places and not no & places]
-    near = sorted(k for k in fit if k.startswith(parent))
-    if not near:
-        raise ValueError(f"{key} has several addresses and nothing that tells them apart")
-    return near
-
-
-def to_json(families: dict[str, Family], version: str) -> str:
-    """The file: equal tables stored once, one row of addresses a line."""
-    stored: list[Family] = []
+def to_lines(tables: dict[str, Table], version: str) -> str:
+    """The file: an index, then a table a line; equal tables are stored once."""
+    lines: list[str] = []
     models = {}
-    for model_type, family in sorted(families.items()):
-        if family not in stored:
-            stored.append(family)
-        models[model_type] = stored.index(family)
-    table = {"transformers": version, "models": models, "families": stored}
-    lines = json.dumps(table, indent=1)
-    return re.sub(r'\[\n\s+("[^\]]*?)\n\s+\]', _one_line, lines) + "\n"
+    for model_type, table in sorted(tables.items()):
+        line = json.dumps(table, separators=(",", ":"))
+        if line not in lines:
+            lines.append(line)
+        models[model_type] = lines.index(line) + 1
+    index = json.dumps({"transformers": version, "models": models}, separators=(",", ":"))
+    return "\n".join([index, *lines]) + "\n"
 
 
-def _one_line(match: re.Match[str]) -> str:
-    return "[" + re.sub(r"\n\s+", " ", match.group(1)) + "]"
-
-
-def count(families: dict[str, Family], failed: dict[str, str]) -> None:
-    """Print what was derived and what was not."""
-    other = {
-        (model_type, key)
-        for model_type, family in families.items()
-        for address, keys in family["rows"].items()
-        for key in keys
-        if address.startswith("other/")
-    }
-    print(f"model types done      {len(families)}")
-    print(f"model types failed    {len(failed)}")
-    for model_type, reason in failed.items():
-        print(f"  {model_type}: {reason}")
-    rows = sum(len(keys) for f in families.values() for keys in f["rows"].values())
-    print(f"rows                  {rows}, {len(other)} of them of kind other")
-    for model_type, family in families.items():
-        for key, choices in family.get("ambiguous", {}).items():
-            print(f"  by layer: {model_type} {key}: {', '.join(choices)}")
+def count(derived: Derived) -> list[str]:
+    """What was derived and what was not, a line each."""
+    causal = causal_types()
+    classes = [name for names in architectures().values() for name in names]
+    done = [t for t in causal if t in derived.tables]
+    others = [t for t in architectures() if t not in causal]
+    lines = [
+        f"causal language models       {len(done)} of {len(causal)} model types",
+        "conditional generation       "
+        f"{len([t for t in others if t in derived.tables])} of {len(others)} further model types",
+        f"classes with a text decoder  {len(classes)}",
+        f"models built                 {derived.models}",
+        f"tensors compared             {derived.tensors}",
+        f"types that failed            {len(derived.failed)}",
+        *(f"  {model_type}: {reason}" for model_type, reason in derived.failed.items()),
+        "unclassified tensors         "
+        f"{sum('UnclassifiedError' in reason for reason in derived.failed.values())}",
+        f"table against structure      {len(derived.disagreements)} disagreements",
+        *(f"  {text}" for text in derived.disagreements[:20]),
+    ]
+    rows = sum(len(keys) for t in derived.tables.values() for keys in t["rows"].values())
+    other = sum(
+        len(keys)
+        for t in derived.tables.values()
+        for text, keys in t["rows"].items()
+        if text.startswith("other/")
+    )
+    return [*lines, f"rows                         {rows}, {other} of them of kind other"]
 
 
 def main() -> int:
     """Write, check or print the table."""
     import transformers
 
-    parser = argparse.ArgumentParser(description="Derive src/taia/kinds.json")
-    parser.add_argument("types", nargs="*", help="print the rows of these model types only")
+    parser = argparse.ArgumentParser(description="Derive src/taia/kinds.jsonl")
+    parser.add_argument("types", nargs="*", help="print the tables of these model types only")
     parser.add_argument("--check", action="store_true", help="compare with the shipped table")
+    parser.add_argument("--docs", action="store_true", help="write docs/kinds.md and stop")
     options = parser.parse_args()
-    families, failed = derive(options.types or model_types())
-    text = to_json(families, transformers.__version__)
-    if options.types:
-        print(text)
+    if options.docs:
+        PAGE.write_text(page(TABLE.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
-    count(families, failed)
+    derived = derive(options.types or sorted(architectures()))
+    if options.types:
+        print(json.dumps(derived.tables, indent=1))
+        print("\n".join(f"{t}: {reason}" for t, reason in derived.failed.items()), file=sys.stderr)
+        return 1 if derived.failed else 0
+    print("\n".join(count(derived)))
+    if derived.failed or derived.disagreements:
+        return 1
+    text = to_lines(derived.tables, transformers.__version__)
     if options.check:
         same = TABLE.read_text(encoding="utf-8") == text
         print("the shipped table is the derived one" if same else "the shipped table differs")
         return 0 if same else 1
     TABLE.write_text(text, encoding="utf-8")
+    PAGE.write_text(page(text), encoding="utf-8")
     return 0
 
 

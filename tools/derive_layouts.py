@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kind_configs import build, model_types
+from taia.derivation.models import build
+from taia.derivation.models import causal_types as model_types
 
 TABLE = Path(__file__).parents[1] / "src" / "taia" / "layouts.json"
 NAMES = {"MergeModulelist": "stack", "Concatenate": "concatenate", "Chunk": "chunk"}

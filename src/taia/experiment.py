@@ -204,7 +204,7 @@ def _check_selections(cell: Cell, selections: Sequence[str]) -> None:
     from taia.selection import Selection
 
     base = open_checkpoint(materialise(cell.base))
-    addresses = classify_all(base.tensors, base.model_type)
+    addresses = classify_all(base.tensors, base.model_type, base.config)
     for selection in selections:
         Selection.parse(selection).strengths(addresses.values())
 

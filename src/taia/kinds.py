@@ -1,33 +1,44 @@
 """The part of a Transformer that a tensor belongs to, from its name and the model type.
 
 A name alone proves little (`c_proj` is attention and feed-forward in GPT-2), so
-`classify` looks it up in a table, kinds.json, that `tools/derive_kinds.py` derived
-from the module structure of every causal language model of transformers. Both the
-names of a live model and those of its files are in it (transformers saves some
+`classify` looks it up in a table, kinds.jsonl, that `tools/derive_kinds.py` derived
+from the module structure of every model of transformers that has a text decoder. Both
+the names of a live model and those of its files are in it (transformers saves some
 families in an older layout), with and without the prefix of the base model.
+docs/kinds.md states the rules.
 
-Limits: only model types that transformers has. Models whose code comes with their
-weights are not in the table. Two families (kimi_linear, bailing_hybrid) give an
-attention and a linear-attention mixer the same names, layer by layer; there
-`classify_all`, which sees the whole checkpoint, tells them apart, and `classify`
-refuses to guess.
+A model type that the table does not know is derived on the spot, from the checkpoint's
+config.json, where the installed transformers knows it; else the message says what to
+install. Code that comes with weights is never run.
 
-Nothing here imports torch or transformers. The table is read once, in a few
-milliseconds; after that a name costs a few dictionary look-ups.
+Limits: a few families (kimi_linear, bailing_hybrid) give an attention and a
+linear-attention mixer the same names, layer by layer; there `classify_all`, which sees
+the whole checkpoint, tells them apart, and `classify` refuses to guess.
+
+Nothing here imports torch or transformers unless a model type is derived. One line of
+the table is parsed for a model type; after that a name costs a few microseconds.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
-from taia.errors import KindError, nearest
+from taia.errors import FAULTS_SHOWN, KindError, nearest
+from taia.kind_table import (
+    SUFFIX,
+    Family,
+    Row,
+    families,
+    family,
+    generalise,
+    keys,
+    known_types,
+    read_family,
+)
 
 __all__ = [
     "Address",
@@ -61,11 +72,14 @@ class Address:
     """Where a tensor stands. A bias has the address of its weight.
 
     kind: the part of the model.
-    layer: index of the layer in its tower, counted from 0; None outside of layers.
+    layer: index of the layer in its tower, counted from 0; None outside of its layers.
     projection: `q k v o` in attention, `gate up down` in ffn (`gate` also for a gate on
         the output of an attention); None for anything else. Fused tensors have names of
         their own: `qkv`, `kv` (also MLA's kv_a and kv_b), `gate_up`.
-    tower: `language`, `vision`, `audio` or `projector`.
+    tower: `language`, `encoder` (of an encoder-decoder over text), `vision`, `audio`,
+        `projector` (what carries one tower's states into another) or `generator` (what
+        makes sound, images or actions). A layer of a tower is one place in the model: where
+        a tower has several stacks of layers, only the largest is numbered.
 
     Addresses sort by tower, layer (none first), kind and projection.
     """
@@ -83,63 +97,8 @@ class Address:
         return (self.tower, layer, self.kind.value, self.projection or "")
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row of the table. `at`: which integer of the name is the layer, less `offset`."""
-
-    kind: Kind
-    projection: str | None
-    tower: str
-    at: int | None
-    offset: int
-
-    def address(self, integers: tuple[int, ...]) -> Address:
-        layer = None if self.at is None else integers[self.at] + self.offset
-        return Address(self.kind, layer, self.projection, self.tower)
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """The names of one model type: pattern -> row, and what those patterns miss.
-
-    prefix: the base model's attribute, which some files leave out of every name.
-    ambiguous: pattern -> [(row, markers)]: a row holds where its layer has a marker.
-    extra: expressions for layers behind the last one, which transformers does not load
-        (multi-token prediction). They have the names of a layer, and are `other`.
-    dropped: expressions for other tensors that transformers does not load.
-    hybrid: some of its layers hold a mixer in place of attention.
-    """
-
-    prefix: str
-    rows: dict[str, _Row]
-    ambiguous: dict[str, list[tuple[_Row, list[str]]]]
-    extra: tuple[re.Pattern[str], ...]
-    dropped: tuple[re.Pattern[str], ...]
-    hybrid: bool
-
-
-INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A whole part of a dotted name that is a number: a layer, an expert."""
-
-SUFFIX = re.compile(
-    r"\.(weight|bias|inv_freq|masked_bias"
-    # what quantisers store beside a weight: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors
-    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)"
-    r"|qweight|qzeros|scales|g_idx|SCB|weight_format"
-    r"|weight_(packed|shape|scale|scale_inv|zero_point|g_idx|global_scale|scale_2)"
-    r"|(input|output|k|v|q)_(scale|zero_point|global_scale)|activation_scale)$"
-)
-"""The end of a name that is not part of its module's name. Such tensors share its address."""
-
-BLOCKS = re.compile(r"_(blocks|scales|bias|scale|scale_inv)$")
-"""The same for a parameter that its module holds under another name (gpt-oss experts)."""
-
-
 MAX_LAYERS = 100_000
 """Names come from outside; a layer beyond this would fill the memory with layers."""
-
-NOT_LOADED = Address(Kind.OTHER, None, None, "language")
-"""The address of what a file holds and transformers does not load."""
 
 
 def classify(name: str, model_type: str) -> Address:
@@ -152,47 +111,53 @@ def classify(name: str, model_type: str) -> Address:
     Raises KindError for a model type or a name that the table does not know, and for a
     name whose kind depends on its layer (see `classify_all`).
     """
-    family = _family(model_type)
-    found = _find(name, family)
+    table = _family(model_type, None)
+    found, integers = table.find(name)
+    if isinstance(found, Row):
+        return _address(found, integers)
     if found is None:
-        raise KindError(_unknown_name(name, model_type, family))
-    if isinstance(found, Address):
-        return found
+        raise KindError(_unknown_name(name, model_type, table))
     raise KindError(
         f"{name}: in {model_type} this is attention in some layers and a mixer in others. "
         "Classify all names of the checkpoint together, with classify_all"
     )
 
 
-def classify_all(names: Iterable[str], model_type: str) -> dict[str, Address]:
+def classify_all(
+    names: Iterable[str], model_type: str, config: Mapping[str, Any] | None = None
+) -> dict[str, Address]:
     """The addresses of all tensors of one checkpoint, in the order given.
 
     Names that mean different things in different layers are told apart by what else
-    their layer holds. Raises KindError with every name that the table does not know.
+    their layer holds.
+
+    config: the checkpoint's config.json, for a model type that the shipped table does not
+        know, and for a composite model whose parts the table has not seen together: then
+        the table is derived from this config, if transformers is installed.
+
+    Raises KindError with every name that is not known.
     """
-    family = _family(model_type)
     listed = list(names)
-    present = {(key, integers) for name in listed for key, integers in _keys(name, family.prefix)}
-    found: dict[str, Address] = {}
-    faults: list[str] = []
-    for name in listed:
-        address = _find(name, family)
-        if isinstance(address, list):
-            held = [
-                row.address(integers)
-                for row, markers, integers in address
-                if any((marker, integers) in present for marker in markers)
-            ]
-            address = held[0] if len(held) == 1 else None
-        if address is None:
-            faults.append(_unknown_name(name, model_type, family))
-        elif address.layer is not None and address.layer >= MAX_LAYERS:
-            faults.append(f"{name}: layer {address.layer:,}; no model has {MAX_LAYERS:,} layers")
-        else:
-            found[name] = address
-    if faults:
-        raise KindError(f"{len(faults)} of {len(listed)} tensor names are unknown", faults)
-    return found
+    table = _family(model_type, config)
+    found = _addresses(listed, table)
+    if None in found.values() and _composite(config) and model_type in known_types():
+        told = _derive(model_type, config)
+        if isinstance(told, Family):
+            again = _addresses(listed, told)
+            found = {name: again[name] if at is None else at for name, at in found.items()}
+    lost = [name for name, address in found.items() if address is None]
+    far = [
+        f"{name}: layer {address.layer:,}; no model has {MAX_LAYERS:,} layers"
+        for name, address in found.items()
+        if address is not None and address.layer is not None and address.layer >= MAX_LAYERS
+    ]
+    if far:
+        raise KindError(f"{len(far)} of {len(listed)} tensor names are unknown", far)
+    if lost:
+        hinted = [_unknown_name(name, model_type, table) for name in lost[:FAULTS_SHOWN]]
+        rest = [f"{name}: not the name of a tensor of {model_type}" for name in lost[FAULTS_SHOWN:]]
+        raise KindError(f"{len(lost)} of {len(listed)} tensor names are unknown", hinted + rest)
+    return {name: address for name, address in found.items() if address is not None}
 
 
 def classify_by_agreement(name: str) -> Address:
@@ -204,10 +169,10 @@ def classify_by_agreement(name: str) -> Address:
     Raises KindError where none has the name, or where they differ.
     """
     answers: dict[bool, dict[Address, str]] = {False: {}, True: {}}
-    for model_type, family in _families().items():
-        found = _find(name, family, exact=True)
-        if isinstance(found, Address):
-            answers[family.hybrid].setdefault(found, model_type)
+    for model_type, table in families():
+        found, integers = table.find(name, exact=True)
+        if isinstance(found, Row):
+            answers[table.hybrid].setdefault(_address(found, integers), model_type)
     asked = answers[False] or answers[True]
     if len(asked) == 1:
         return next(iter(asked))
@@ -220,90 +185,72 @@ def classify_by_agreement(name: str) -> Address:
 
 
 def model_types() -> tuple[str, ...]:
-    """Every model type of the table, sorted."""
-    return tuple(sorted(_table()["models"]))
+    """Every model type of the shipped table, sorted."""
+    return tuple(sorted(known_types()))
 
 
-def _find(
-    name: str, family: _Family, *, exact: bool = False
-) -> Address | list[tuple[_Row, list[str], tuple[int, ...]]] | None:
-    """An address, the alternatives of an ambiguous name, or None."""
-    if not exact and any(pattern.search(name) for pattern in family.extra):
-        return NOT_LOADED
-    for key, integers in _keys(name, "" if exact else family.prefix):
-        row = family.rows.get(key)
-        if row is not None:
-            return row.address(integers)
-        if key in family.ambiguous:
-            return [(row, markers, integers) for row, markers in family.ambiguous[key]]
-    if not exact and any(pattern.search(name) for pattern in family.dropped):
-        return NOT_LOADED
-    return None
+def _addresses(names: list[str], table: Family) -> dict[str, Address | None]:
+    """The address of each name; None for one that the family does not have."""
+    present = _present(names, table) if table.ambiguous else frozenset()
+    found: dict[str, Address | None] = {}
+    for name in names:
+        row, integers = table.find(name)
+        if isinstance(row, list):
+            held = [
+                choice.row
+                for choice in row
+                if any((marker, integers) in present for marker in choice.markers)
+            ]
+            row = held[0] if len(held) == 1 else None
+        found[name] = _address(row, integers) if isinstance(row, Row) else None
+    return found
 
 
-def _keys(name: str, prefix: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The table keys that a name may have, most specific first, with its integers."""
-    integers = tuple(int(number) for number in INTEGER.findall(name))
-    pattern = INTEGER.sub("*", name)
-    stems = [pattern]
-    for suffix in (SUFFIX, BLOCKS):
-        stem = suffix.sub("", pattern)
-        if stem != pattern:
-            stems.insert(0, stem)
-    if prefix:
-        stems += [f"{prefix}.{stem}" for stem in stems] + [
-            stem.removeprefix(f"{prefix}.") for stem in stems if stem.startswith(f"{prefix}.")
-        ]
-    return [(stem, integers) for stem in stems]
+def _present(names: list[str], table: Family) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Every key that a name may have, with its integers."""
+    generalised = [generalise(name) for name in names]
+    asked = {pattern: keys(pattern, table.prefix) for pattern, _ in generalised}
+    return frozenset((key, integers) for pattern, integers in generalised for key in asked[pattern])
 
 
-@cache
-def _table() -> dict[str, Any]:
-    text = Path(__file__).with_name("kinds.json").read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text)
-    return table
+def _address(row: Row, integers: tuple[int, ...]) -> Address:
+    return _shared(row, None if row.at is None else integers[row.at] + row.offset)
 
 
-def _family(model_type: str) -> _Family:
-    index = _table()["models"].get(model_type)
-    if index is None:
-        raise KindError(
-            f"{model_type}: not a model type that taia knows"
-            f"{nearest(model_type, _table()['models'])} "
-            f"It knows {len(_table()['models'])} causal language models of transformers"
-        )
-    return _read_family(index)
+@lru_cache(maxsize=65536)
+def _shared(row: Row, layer: int | None) -> Address:
+    """One value for all tensors of one address: a checkpoint has a hundred for each."""
+    return Address(Kind(row.kind), layer, row.projection, row.tower)
 
 
-def _families() -> dict[str, _Family]:
-    """One model type a table entry (equal tables are stored once)."""
-    owners: dict[int, str] = {}
-    for model_type, index in _table()["models"].items():
-        owners.setdefault(index, model_type)
-    return {owner: _read_family(index) for index, owner in owners.items()}
+def _family(model_type: str, config: Mapping[str, Any] | None) -> Family:
+    line = known_types().get(model_type)
+    if line is not None:
+        return family(line)
+    told = _derive(model_type, config)
+    if isinstance(told, Family):
+        return told
+    raise KindError(
+        f"{model_type}: not a model type of taia's table{nearest(model_type, known_types())} {told}"
+    )
 
 
-@cache
-def _read_family(index: int) -> _Family:
-    entry = _table()["families"][index]
-    rows = {key: _row(text) for text, keys in entry["rows"].items() for key in keys}
-    ambiguous = {
-        key: [(_row(text), markers) for text, markers in choices.items()]
-        for key, choices in entry.get("ambiguous", {}).items()
-    }
-    extra = tuple(re.compile(text) for text in entry.get("extra", ()))
-    dropped = tuple(re.compile(text) for text in entry.get("dropped", ()))
-    hybrid = any(text.startswith("mixer/") for text in entry["rows"])
-    return _Family(entry["prefix"], rows, ambiguous, extra, dropped, hybrid)
+def _composite(config: Mapping[str, Any] | None) -> bool:
+    """Whether parts of the model have types of their own, which no table has all together."""
+    return any(
+        isinstance(part, Mapping) and "model_type" in part for part in (config or {}).values()
+    )
 
 
-def _row(text: str) -> _Row:
-    """A row from "kind/projection/tower/at/offset", where absent parts are empty."""
-    kind, projection, tower, at, offset = text.split("/")
-    return _Row(Kind(kind), projection or None, tower, int(at) if at else None, int(offset or 0))
+def _derive(model_type: str, config: Mapping[str, Any] | None) -> Family | str:
+    """The family as transformers builds it, or what stands against that and how to mend it."""
+    from taia.derivation.spot import derived_table
+
+    told = derived_table(model_type, config)
+    return told if isinstance(told, str) else read_family(told)
 
 
-def _unknown_name(name: str, model_type: str, family: _Family) -> str:
-    stem = SUFFIX.sub("", INTEGER.sub("*", name))
-    hint = nearest(stem, [*family.rows, *family.ambiguous])
+def _unknown_name(name: str, model_type: str, table: Family) -> str:
+    stem = SUFFIX.sub("", generalise(name)[0])
+    hint = nearest(stem, [*table.rows, *table.split, *table.ambiguous])
     return f"{name}: not the name of a tensor of {model_type}{hint}"

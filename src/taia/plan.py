@@ -80,7 +80,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     changed = bool(notes)
     tuned, told, missing = left_over(base, tuned)
     faults += crossed + missing
-    addresses = classify_all(base.tensors, base.model_type)
+    addresses = classify_all(base.tensors, base.model_type, base.config)
     strengths, parted, tie_faults = _strengths(base, addresses, selection)
     if is_quantised(base):
         wanted = {name: strengths.get(address) for name, address in addresses.items()}
@@ -114,7 +114,7 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
     """Tensors that the adapter does not touch are the base's at any strength."""
     from taia.vectors import TokenRows
 
-    addresses = classify_all(base.tensors, base.model_type)
+    addresses = classify_all(base.tensors, base.model_type, base.config)
     strengths, parted, tie_faults = _strengths(base, addresses, selection)
     lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
     whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}

@@ -29,7 +29,7 @@ def tie_faults(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     tied, model_type = _stated(config), config.get("model_type")
     if tied is None or not isinstance(model_type, str):
         return []
-    addresses = classify_all(tensors, model_type)
+    addresses = classify_all(tensors, model_type, config)
     ends: dict[Kind, list[Tensor]] = {Kind.EMBEDDING: [], Kind.HEAD: []}
     for name, address in addresses.items():
         if address.kind in ends and address.tower == "language" and name.endswith(".weight"):

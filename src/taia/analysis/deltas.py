@@ -173,7 +173,7 @@ def _checkpoint_pieces(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Piece]:
         faults.append(f"model types {types[0]} and {types[1]}")
     if faults:
         raise MismatchError(f"{tuned.text}: not a fine-tuning of {base.text}", sorted(faults))
-    addresses = classify_all(base.tensors, str(types[0]))
+    addresses = classify_all(base.tensors, str(types[0]), base.config)
     for name, before in base.tensors.items():
         after = tuned.tensors[name]
         if before.dtype in FLOATS and after.dtype in FLOATS:

@@ -9,14 +9,14 @@ last parts, because a conversion may split or stack projections.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from kind_rules import PROJECTIONS, Row, attention_modules, projection_of
+from taia.derivation.names import INTEGER, pattern
+from taia.derivation.rules import PROJECTIONS, projection_of
+from taia.derivation.walk import Row, attention_modules
 
-INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
 FAR = 900001
 """A layer number that no model has."""
 
@@ -38,7 +38,7 @@ def disk_rows(model: Any, live: dict[str, Row]) -> Iterator[tuple[str, Row]]:
 
 
 def _layout(model: Any, live: dict[str, Row], rules: list[Any]) -> Iterator[tuple[str, Row]]:
-    names = _reverted(model, rules)
+    names = _reverted(model, rules, _few_layers(live))
     rename = _loader(rules)
     pairs = [(name, rename(name)) for name in names]
     by_pattern: dict[tuple[str, Row], tuple[int | None, int]] = {}
@@ -47,21 +47,41 @@ def _layout(model: Any, live: dict[str, Row], rules: list[Any]) -> Iterator[tupl
         if name in live and (row is None or live[name] == row):
             continue
         if row is None:
-            raise ValueError(f"{name} loads as {loaded}, which is no tensor of the model")
+            continue  # a name that transformers cannot load back is in no file
         key = (INTEGER.sub("*", name), row)
         if key not in by_pattern:
             by_pattern[key] = _layer_of(name, loaded, row, rename)
         at, offset = by_pattern[key]
-        yield name, replace(row, at=at, offset=offset, projection=_projection(row, name))
+        yield name, replace(row, at=at, offset=offset, projection=_projection(row, name, loaded))
 
 
-def _reverted(model: Any, rules: list[Any]) -> list[str]:
-    """The names on disk of all tensors of a model, by transformers' own reversal."""
+def _few_layers(live: dict[str, Row]) -> set[str]:
+    """The names outside of layers, and those of the first layers that hold all there is.
+
+    The reversal compiles expressions anew for each tensor, and layers repeat each other.
+    """
+    layers: dict[tuple[str, int | None], list[str]] = {}
+    for name, row in live.items():
+        number = None if row.at is None else int(INTEGER.findall(name)[row.at])
+        layers.setdefault((row.tower, number), []).append(name)
+    seen: set[tuple[str, Row]] = set()
+    kept: set[str] = set()
+    for (_, number), names in layers.items():
+        held = {(pattern(name), live[name]) for name in names}
+        if number is None or held - seen:
+            kept.update(names)
+            seen |= held
+    return kept
+
+
+def _reverted(model: Any, rules: list[Any], names: set[str] | None = None) -> list[str]:
+    """The names on disk of a model's tensors, or of some, by transformers' own reversal."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model._weight_conversions = rules
+    state = {k: v for k, v in model.state_dict().items() if names is None or k in names}
     try:
-        return sorted(revert_weight_conversion(model, model.state_dict()))
+        return sorted(revert_weight_conversion(model, state))
     finally:
         del model._weight_conversions
 
@@ -98,9 +118,9 @@ def _layer_of(name: str, loaded: str, row: Row, rename: Rename) -> tuple[int | N
     raise ValueError(f"{name}: no integer of this name becomes the layer of {loaded}")
 
 
-def _projection(row: Row, name: str) -> str | None:
-    if row.kind not in PROJECTIONS:
-        return None
+def _projection(row: Row, name: str, loaded: str) -> str | None:
+    if row.kind not in PROJECTIONS or name.split(".")[-2:] == loaded.split(".")[-2:]:
+        return row.projection
     return projection_of(row.kind, name) or row.projection
 
 
