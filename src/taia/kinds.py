@@ -140,9 +140,12 @@ def classify_all(
     listed = list(names)
     table = _family(model_type, config)
     found = _addresses(listed, table)
+    asked = ""
     if None in found.values() and _composite(config) and model_type in known_types():
         told = _derive(model_type, config)
-        if isinstance(told, Family):
+        if isinstance(told, str):
+            asked = f". {told}"
+        else:
             again = _addresses(listed, told)
             found = {name: again[name] if at is None else at for name, at in found.items()}
     lost = [name for name, address in found.items() if address is None]
@@ -156,7 +159,9 @@ def classify_all(
     if lost:
         hinted = [_unknown_name(name, model_type, table) for name in lost[:FAULTS_SHOWN]]
         rest = [f"{name}: not the name of a tensor of {model_type}" for name in lost[FAULTS_SHOWN:]]
-        raise KindError(f"{len(lost)} of {len(listed)} tensor names are unknown", hinted + rest)
+        raise KindError(
+            f"{len(lost)} of {len(listed)} tensor names are unknown{asked}", hinted + rest
+        )
     return {name: address for name, address in found.items() if address is not None}
 
 

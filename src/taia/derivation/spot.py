@@ -39,7 +39,7 @@ LEFT_OUT = {
 
 COUNTS = re.compile(r"^(num_\w*layers|n_layers?|num_layers|depth|depths|num_\w*blocks)$")
 MOST_LAYERS = 2048
-NESTED = 8
+NESTED = 16
 
 INSTALL = "pip install 'taia[train]'"
 UPGRADE = "pip install --upgrade transformers"
@@ -57,7 +57,10 @@ def derived_table(model_type: str, config: Mapping[str, Any] | None) -> Table | 
             "With transformers installed, taia derives a type from the structure of its "
             f"models: {INSTALL}"
         )
-    stated = json.dumps(_clean(config or {}), sort_keys=True, default=str)
+    try:
+        stated = json.dumps(_clean(config or {}), sort_keys=True, default=str)
+    except (TypeError, ValueError) as error:
+        return f"Its config cannot be read: {error}"
     text = "\n".join([model_type, version("transformers"), _rules(), stated])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     if key not in _made:
@@ -119,7 +122,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _check_sizes(value)
         numbers = value if isinstance(value, list) else [value]
-        if COUNTS.match(name) and any(isinstance(n, int) and n > MOST_LAYERS for n in numbers):
+        if COUNTS.match(str(name)) and any(isinstance(n, int) and n > MOST_LAYERS for n in numbers):
             raise ValueError(f"{name} is {value}, more than any model has")
 
 
