@@ -46,7 +46,7 @@ def test_a_type_that_the_table_lacks_is_derived_from_its_config(starcoder, own_c
 
 
 def test_a_derived_table_is_kept_for_the_next_process(starcoder, own_cache):
-    names, config, known = starcoder
+    names, config, _ = starcoder
     classify_all(names, "starcoder2", config)
     (file,) = own_cache.glob("*.json")
     table = json.loads(file.read_text(encoding="utf-8"))
