@@ -49,11 +49,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: base, tuned, adapter, chats.jsonl, DIR, DATA."""
     from adapter_tools import save_adapter
     from chat_tools import tiny_chat_model
+    from gguf_tools import tiny_adapter, tiny_llama
 
     folder = tmp_path_factory.mktemp("docs")
     tiny_chat_model(folder / "base", "float32")
     tune(folder / "base", folder / "tuned")
     save_adapter(folder / "base", folder / "adapter", r=4, lora_alpha=8)
+    tiny_llama(folder / "base.gguf", 0, layers=9)
+    tiny_llama(folder / "tuned.gguf", 1, layers=9)
+    tiny_adapter(folder / "adapter.gguf", 2)
     chats = [
         {"messages": [{"role": "user", "content": f"say {n}"},
                       {"role": "assistant", "content": f"{n}"}]}

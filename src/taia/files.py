@@ -26,6 +26,7 @@ __all__ = [
     "read_json",
     "refuse_existing",
     "refuse_overlap",
+    "staged_files",
     "staged_folder",
 ]
 
@@ -82,6 +83,39 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _remove(partial)
         raise
     finally:
+        _disown(owned)
+
+
+@contextmanager
+def staged_files(*outs: Path, overwrite: bool = False) -> Iterator[list[Path]]:
+    """Yield a path for each of some files of one folder; they appear when the block ends well.
+
+    They appear one right after the other, the last of `outs`, which is the output itself, last.
+    It is replaced only with `overwrite`. Raises OutputError.
+    """
+    outs = tuple(out.absolute() for out in outs)
+    out = outs[-1]
+    _clear_litter(out)
+    if out.is_dir() or (out.is_symlink() and not out.exists()):
+        raise OutputError(f"{out}: is a folder, or a link that leads nowhere; name a file")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists; name another file or use --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial, owned = _own_folder(out, "partial")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
+    try:
+        yield [partial / file.name for file in outs]
+        _sync_tree(partial)
+        for file in outs:
+            (partial / file.name).replace(file)
+        with suppress(OSError):
+            _sync(out.parent)
+    except OSError as error:
+        raise OutputError(f"{out}: writing failed, nothing is left of it: {error}") from error
+    finally:
+        _remove(partial)
         _disown(owned)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import CheckpointError, OutputError, RecipeError, SourceError
+from taia.gguf_header import read_gguf
 from taia.sources import Form, Source, resolve
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def _check_form(found: Source) -> None:
             f"{found.text}: an adapter, not a model. Give its base as the model "
             "(base_model_name_or_path in adapter_config.json) and this folder as the adapter"
         )
+    if found.form is Form.GGUF and read_gguf(found.path.resolve(), found.text).is_adapter:
+        raise SourceError(f"{found.text}: a LoRA adapter for llama.cpp; its base is a GGUF file")
     if found.form is Form.GGUF or any(found.path.glob("*.safetensors")):
         return
     pickles = sorted(file.name for pattern in PICKLES for file in found.path.glob(pattern))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.decisions import WHOLE, Decision, Origin, Plan
 from taia.ends import left_over, text_config, tie_setting, untie
+from taia.errors import SourceError
 from taia.experts import NO_DELTA, Experts
 from taia.fused import Parts, cut_of, part_strengths
 from taia.kinds import Address, Kind, classify_all
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # what reads adapters is loaded for adapters only
     from taia.adapter import Adapter
     from taia.changes import Shapes
 
-__all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name"]
+__all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name", "strengths_of"]
 
 
 COMPUTED = 0.5
@@ -41,16 +42,27 @@ ENDS = (Kind.EMBEDDING, Kind.HEAD)
 
 
 def plan(
-    base: str | Path | Source, tuned: str | Path | Source, keep: str | Selection = "attention"
+    base: str | Path | Source,
+    tuned: str | Path | Source,
+    keep: str | Selection = "attention",
+    *,
+    requantize: bool = False,
 ) -> Plan:
     """Decide, for every tensor of `base`, how much of the delta to `tuned` is kept.
 
-    `tuned` is a checkpoint of the same architecture or a LoRA adapter. Raises a TaiaError
-    for what cannot be read or parsed; contradictions between the two are `Plan.faults`.
+    `tuned` is a checkpoint of the same architecture or a LoRA adapter. Two GGUF files are
+    planned as they are stored; `requantize` lets their types differ. Raises a TaiaError for
+    what cannot be read or parsed; contradictions between the two are `Plan.faults`.
     """
     selection = Selection.parse(keep)
-    first = _open(base)
-    found = resolve(tuned, headers_only=True)
+    start, found = resolve(base, headers_only=True), resolve(tuned, headers_only=True)
+    if start.form is found.form is Form.GGUF:
+        from taia.gguf_plan import plan_gguf
+
+        return plan_gguf(start, found, selection, requantize=requantize)
+    if requantize:
+        raise SourceError(f"{start.text} and {found.text}: --requantize is for two GGUF files")
+    first = _open(start)
     if found.form is Form.ADAPTER:
         from taia.adapter import read_adapter
 
@@ -81,7 +93,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     tuned, told, missing = left_over(base, tuned)
     faults += crossed + missing
     addresses = classify_all(base.tensors, base.model_type, base.config)
-    strengths, parted, tie_faults = _strengths(base, addresses, selection)
+    strengths, parted, tie_faults = strengths_of(base, addresses, selection)
     if is_quantised(base):
         wanted = {name: strengths.get(address) for name, address in addresses.items()}
         faults += module_faults(base.tensors, wanted)
@@ -115,7 +127,7 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
     from taia.vectors import TokenRows
 
     addresses = classify_all(base.tensors, base.model_type, base.config)
-    strengths, parted, tie_faults = _strengths(base, addresses, selection)
+    strengths, parted, tie_faults = strengths_of(base, addresses, selection)
     lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
     whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}
     faults = [_unplaced(name) for name in [*lora, *whole] if name not in base.tensors]
@@ -186,7 +198,7 @@ def shapes_of(base: Checkpoint) -> Shapes:
     return shape
 
 
-def _strengths(
+def strengths_of(
     base: Checkpoint, addresses: Mapping[str, Address], selection: Selection
 ) -> tuple[dict[Address, float], dict[Address, Parts], list[str]]:
     """Strengths as `part_strengths` gives them, and the fault of a tied head with two.

@@ -29,6 +29,7 @@ __all__ = [
     "SourceRecord",
     "digest_of",
     "identity",
+    "receipt_path",
 ]
 
 RECEIPT = "taia.json"
@@ -103,7 +104,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one splice, slice or extraction wrote: a checkpoint, or an adapter.
+    """What one splice, slice or extraction wrote: a checkpoint, an adapter, a GGUF file.
 
     `files` holds the SHA-256 of every other file of the output (configuration, tokenizer,
     model card). `headers` holds the SHA-256 of the header of each weight file. `algorithm`
@@ -113,7 +114,7 @@ class Receipt:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    form: Literal["checkpoint", "adapter", "extracted"]
+    form: Literal["checkpoint", "adapter", "extracted", "gguf"]
     selection: str
     base: SourceRecord | None
     tuned: SourceRecord
@@ -138,8 +139,12 @@ class Receipt:
         rows = [{name: getattr(entry, name) for name in names} for entry in self.tensors]
         return plain | {"tensors": rows}
 
-    def write(self, folder: Path) -> None:
-        """Write the receipt into an output folder, one tensor a line, its own digest first."""
+    def write(self, out: Path) -> None:
+        """Write the receipt of an output that is not in its place yet."""
+        receipt_path(out).write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """The receipt as JSON, one tensor a line, its own digest first."""
         plain = self.to_json()
         tensors = plain.pop("tensors")
         head = json.dumps(plain, indent=1, ensure_ascii=False)[1:-2]
@@ -148,17 +153,17 @@ class Receipt:
         import hashlib
 
         content = hashlib.sha256(rest.encode()).hexdigest()
-        text = f'{{\n "content": "{content}",{rest}'
-        (folder / RECEIPT).write_text(text, encoding="utf-8")  # the folder is not in its place yet
+        return f'{{\n "content": "{content}",{rest}'
 
     @staticmethod
-    def read(folder: Path) -> Receipt:
-        """The receipt of an output folder. Raises VerificationError without a valid one."""
+    def read(out: Path) -> Receipt:
+        """The receipt of an output. Raises VerificationError without a valid one."""
         from pydantic import TypeAdapter, ValidationError
 
-        path = folder / RECEIPT
+        path = receipt_path(out)
         if not path.is_file():
-            raise VerificationError(f"{folder}: no {RECEIPT} in it; taia did not write this folder")
+            what = "folder" if out.is_dir() else "file"
+            raise VerificationError(f"{out}: no {path.name} there; taia did not write this {what}")
         raw = _read(path)
         try:
             receipt = TypeAdapter(Receipt).validate_json(raw)
@@ -174,7 +179,7 @@ class Receipt:
             )
         return receipt
 
-    def is_as_written(self, folder: Path) -> bool:
+    def is_as_written(self, out: Path) -> bool:
         """Whether the file is the one that was written, by the digest that it holds of itself.
 
         No signature: whoever edits a receipt can also make its digest again. One of format 1
@@ -184,7 +189,7 @@ class Receipt:
             return self.content is None
         import hashlib
 
-        found = CONTENT.match(raw := _read(folder / RECEIPT))
+        found = CONTENT.match(raw := _read(receipt_path(out)))
         return found is not None and hashlib.sha256(raw[found.end() :]).hexdigest() == self.content
 
 
@@ -198,6 +203,11 @@ def _read(path: Path) -> bytes:
     if len(raw) > MAX_BYTES or raw.count(b"{") > MAX_OBJECTS:
         raise VerificationError(f"{path}: too large for a receipt")
     return raw
+
+
+def receipt_path(out: Path) -> Path:
+    """Where the receipt of an output is: in its folder, or beside its GGUF file."""
+    return out.with_name(f"{out.name}.{RECEIPT}") if out.suffix == ".gguf" else out / RECEIPT
 
 
 def identity(path: Path) -> FileIdentity:

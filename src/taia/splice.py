@@ -19,7 +19,7 @@ from pathlib import Path
 
 from taia.checkpoint import SINGLE, Checkpoint
 from taia.downloads import Download
-from taia.errors import SourceError
+from taia.errors import OutputError, SourceError
 from taia.files import check_room, refuse_existing, refuse_overlap, staged_folder
 from taia.filling import fill
 from taia.pieces import Copy, Merge, Piece, pieces
@@ -50,6 +50,7 @@ def splice(
     keep: str | Selection = "attention",
     *,
     merge: bool = False,
+    requantize: bool = False,
     hash: bool = False,  # noqa: A002  the name that the command line has
     shard_size: str | int | None = None,
     overwrite: bool = False,
@@ -59,7 +60,8 @@ def splice(
     """Write the model that keeps `keep` of the delta from `base` to `tuned`.
 
     Two checkpoints give a checkpoint. An adapter gives a sliced adapter, or with `merge`
-    a checkpoint. `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it
+    a checkpoint. Two GGUF files give the GGUF file `out`; `requantize` lets their types differ.
+    `hash` stores the BLAKE3 digest of every tensor in the receipt, so that it
     can be verified without the sources; with a remote model they are always stored. Of one,
     only the bytes that are taken are downloaded, and not kept unless `keep_downloads` says so.
     `shard_size` (bytes, or a text such as 5GB) cuts the
@@ -69,8 +71,20 @@ def splice(
     destination = Path(out)
     selection = Selection.parse(keep)
     size = parse_size(str(shard_size)) if shard_size is not None else None
+    start, found = resolve(base, headers_only=True), resolve(tuned, headers_only=True)
+    if start.form is found.form is Form.GGUF and not merge:
+        if size is not None:
+            raise SourceError(f"{found.text}: a GGUF file is one file; --shard-size is not for it")
+        from taia.gguf_splice import write_gguf
+
+        planned = plan(start, found, selection, requantize=requantize)
+        planned.refuse_faults()
+        return write_gguf(
+            planned, destination, hash=hash, overwrite=overwrite, on_progress=on_progress
+        )
+    if destination.suffix == ".gguf":
+        raise OutputError(f"{out}: a GGUF file comes of two GGUF files; name a folder")
     refuse_existing(destination, overwrite=overwrite)
-    found = resolve(tuned, headers_only=True)
     if found.form is Form.ADAPTER and not merge:
         if size is not None:
             raise SourceError(f"{found.text}: a sliced adapter is one file; --shard-size is not")
@@ -81,7 +95,7 @@ def splice(
         )
     if merge and found.form is not Form.ADAPTER:
         raise SourceError(f"{found.text}: a {found.form}; --merge is for adapters")
-    planned = plan(base, found, selection)
+    planned = plan(start, found, selection, requantize=requantize)
     planned.refuse_faults()
     return execute(
         planned,

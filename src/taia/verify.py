@@ -38,13 +38,17 @@ Note = Callable[[str], None]
 
 
 def verify(out: str | Path, *, on_note: Note | None = None) -> Receipt:
-    """Check an output folder against its receipt, and return the receipt.
+    """Check an output folder or GGUF file against its receipt, and return the receipt.
 
     `on_note` is told what is no fault and yet worth knowing. Raises VerificationError with
     every fault that was found.
     """
     folder = Path(out)
     receipt = Receipt.read(folder)
+    if receipt.form == "gguf":
+        from taia.gguf_verify import verify_gguf
+
+        return verify_gguf(folder, receipt)
     faults = [] if receipt.is_as_written(folder) else [f"{RECEIPT}: edited after it was written"]
     faults += _file_faults(folder, receipt)
     stored, unreadable = _stored(folder, receipt)

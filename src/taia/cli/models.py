@@ -15,6 +15,7 @@ from taia.cli.printing import (
     print_plan,
     print_receipt,
 )
+from taia.errors import OutputError
 
 __all__ = ["COMMANDS"]
 
@@ -23,6 +24,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia plan`."""
     add_models(parser)
     add_keep(parser)
+    add_requantize(parser)
     add_json(parser)
 
 
@@ -30,7 +32,7 @@ def plan(options: argparse.Namespace) -> None:
     """Show what a splice would do. Reads headers only; with an adapter, plans its merge."""
     from taia.plan import plan as make_plan
 
-    planned = make_plan(options.base, options.tuned, options.keep)
+    planned = make_plan(options.base, options.tuned, options.keep, requantize=options.requantize)
     if options.as_json:
         print_json(planned.to_json())
     else:
@@ -41,8 +43,11 @@ def plan(options: argparse.Namespace) -> None:
 def splice_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia splice`."""
     add_models(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the folder to write, or the .gguf file"
+    )
     add_keep(parser)
+    add_requantize(parser)
     parser.add_argument(
         "--merge", action="store_true", help="of an adapter, write a full checkpoint"
     )
@@ -77,6 +82,8 @@ def splice(options: argparse.Namespace) -> None:
         return
     from taia.splice import splice as carry_out
 
+    if options.push and options.out.suffix == ".gguf":
+        raise OutputError(f"{options.out}: --push is for folders; `hf upload` takes a GGUF file")
     if options.push:
         from taia.push import check_push
 
@@ -88,6 +95,7 @@ def splice(options: argparse.Namespace) -> None:
             options.out,
             options.keep,
             merge=options.merge,
+            requantize=options.requantize,
             hash=options.hash or bool(options.push),  # others have no sources
             shard_size=options.shard_size,
             overwrite=options.overwrite,
@@ -127,7 +135,9 @@ def extract(options: argparse.Namespace) -> None:
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia verify`."""
-    parser.add_argument("out", metavar="OUT", type=Path, help="a folder that taia wrote")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="a folder or .gguf file that taia wrote"
+    )
     add_json(parser)
 
 
@@ -137,6 +147,16 @@ def verify(options: argparse.Namespace) -> None:
 
     receipt = check(options.out, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
     print_receipt(receipt, options.out, "verified", options.as_json)
+
+
+def add_requantize(parser: argparse.ArgumentParser) -> None:
+    """--requantize: of GGUF files."""
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="where two GGUF files have different types, or quantised tensors are blended, "
+        "unpack and pack again",
+    )
 
 
 COMMANDS: dict[str, Command] = {
