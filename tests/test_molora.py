@@ -222,6 +222,29 @@ def test_peft_loads_what_it_saves(base, adapter):
     assert torch.equal(logits(model.unload()), logits(load_model(base, dtype="float32")))
 
 
+def test_two_adapters_on_one_model(base, adapter, tmp_path):
+    """With other experts on other modules; the second on the meta device until it is loaded."""
+    register()
+    torch.manual_seed(5)
+    small = config(2, 1, r=2, expert_modules=["down_proj"], target_modules=["q_proj", "down_proj"])
+    other = get_peft_model(load_model(base, dtype="float32"), small)
+    randomise(other)
+    other.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(load_model(base, dtype="float32"), adapter, is_trainable=True)
+    first = logits(model)
+    model.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(other))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".second." in name for name in trained)
+    assert len(trained) == 2 * (2 + 4)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+    assert not any(".second." in name for name in model.state_dict())
+
+
 def test_the_laws_of_selections(base, adapter, tmp_path):
     model = load_model(base, dtype="float32")
     plain = logits(model)

@@ -243,6 +243,16 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_cut(method, base):
     same(found[0][1], found[1][1])
 
 
+def test_an_evaluation_between_steps_is_of_the_task_alone(base):
+    model, inputs = tuned(base, "molora").eval(), batch()
+    objective = Objective(model, Additions(penalty={"l2": 1.0, "kl": 1.0}, balance=1.0))
+    outputs = model(**inputs)
+    assert objective.total(outputs.loss, outputs, inputs, Part(0, 1, None, 1)) is outputs.loss
+    assert objective.values_of_step(lambda tensor: tensor) == {}
+    outputs = model.train()(**inputs)  # and the step after it has its penalties
+    assert objective.total(outputs.loss, outputs, inputs, Part(0, 1, None, 1)) > outputs.loss + 1
+
+
 def test_reentrant_checkpointing_cannot_lose_the_balance_loss(base):
     model = tuned(base, "molora").train()
     model.enable_input_require_grads()

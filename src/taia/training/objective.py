@@ -78,8 +78,8 @@ class Objective:
 
     def total(self, loss: Tensor, outputs: Any, inputs: Mapping[str, Any], part: Part) -> Tensor:
         """The task's loss of one part of a batch with what is added to it."""
-        if not (self.added.penalty or self.layers):
-            return loss
+        if not self.model.training or not (self.added.penalty or self.layers):
+            return loss  # an evaluation in between is of the task alone
         self._note("task_loss", loss / part.divisor)
         if "kl" in self.added.penalty:
             value = self._kl(outputs, inputs, part)
