@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from taia import transfer
 from taia.errors import SourceError
 from taia.remote import Stated, TransferError, checked_size, plain_name
+from taia.remote_http import http_remote
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
 
@@ -75,6 +78,43 @@ def test_a_read_survives_every_break_that_some_byte_follows(content, steps):
             assert stuck
         else:
             assert got == content
+
+
+REMOTE = http_remote("http://host")
+
+numbers = st.one_of(st.integers(0, 20).map(str), st.sampled_from(["*", "", "-1", "²", "9" * 19]))
+
+
+@given(
+    status=st.sampled_from([200, 204, 206, 302, 403, 404, 412, 416, 429, 500, 503, 599]),
+    content_range=st.one_of(
+        st.builds("bytes {}-{}/{}".format, numbers, numbers, numbers),
+        st.text(st.characters(max_codepoint=255, min_codepoint=32), max_size=12),
+    ),
+    etag=st.sampled_from(["", '"a"', 'W/"a"', '"b"']),
+    retry=st.sampled_from(["", "1", "²", "-1", "Sun, 22 Nov 2026 21:44:31 GMT", "9" * 400]),
+    size=st.integers(1, 20),
+    data=st.data(),
+)
+def test_an_answer_is_the_range_that_was_asked_for_or_refused(
+    status, content_range, etag, retry, size, data
+):
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    headers = [(b"Content-Range", content_range.encode("latin-1")), (b"ETag", etag.encode()),
+               (b"Retry-After", retry.encode("latin-1"))]  # fmt: skip
+    response = httpx2.Response(status, headers=headers)
+    count = 0
+    with suppress(SourceError, TransferError):
+        count = REMOTE._accepted(response, "f", Stated(size, "a"), start, stop)
+    if not count:
+        return
+    assert 0 < count <= stop - start
+    assert etag != '"b"'
+    whole = status == 200 and (start, stop) == (0, size)
+    assert whole or content_range in {
+        f"bytes {start}-{start + count - 1}/{total}" for total in (size, "*")
+    }
 
 
 @given(st.text(max_size=12))

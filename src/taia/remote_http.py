@@ -137,7 +137,7 @@ class HttpRemote:
                 "folder first and name it here",
                 attempts=3,
             )
-        match = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)",
+        match = re.fullmatch(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)",
                              response.headers.get("content-range", ""))  # fmt: skip
         if response.status_code != 206 or match is None:
             raise TransferError(f"the server answers {response.status_code} to a request of a part")
@@ -152,7 +152,7 @@ class HttpRemote:
         status = response.status_code
         if status in RETRIED:
             wait = response.headers.get("retry-after", "")
-            seconds = min(float(wait), 120.0) if wait.isdigit() else 0.0
+            seconds = min(float(wait), 120.0) if re.fullmatch("[0-9]{1,6}", wait) else 0.0
             raise TransferError(f"the server answers {status}", wait=seconds)
         if status in REFUSED:
             if response.history:  # a signed address that ran out; the next request gets a new one
