@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILIES, SMALL, build
 from layout_tools import tensors, write
 
 import taia
@@ -156,6 +157,46 @@ def test_quantised_weights_are_not_blended_and_the_rest_is(quantised, tmp_path, 
         taia.splice(base, tuned, tmp_path / "out", keep="attention*0.5")
     taia.splice(base, tuned, tmp_path / "out", keep="attention + norm*0.5")
     taia.verify(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    """Two gpt-oss checkpoints with their experts as MXFP4: blocks of 4-bit pairs, and scales."""
+    root = tmp_path_factory.mktemp("mxfp4")
+    for seed, name in enumerate(("base", "tuned")):
+        FAMILIES["gpt_oss"] = {**SMALL, "head_dim": 8, "num_local_experts": 4,
+                               "num_experts_per_tok": 2, "intermediate_size": 32}  # fmt: skip
+        build("gpt_oss", seed, "bfloat16").save_pretrained(root / f"{name}-plain")
+        state = tensors(root / f"{name}-plain")
+        for stored in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = state.pop(stored).shape
+            shape = (experts, rows, columns // 32)
+            state[f"{stored}_blocks"] = torch.randint(0, 255, (*shape, 16), dtype=torch.uint8)
+            state[f"{stored}_scales"] = torch.randint(0, 255, shape, dtype=torch.uint8)
+        settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        write(root / name, state, root / f"{name}-plain", quantization_config=settings)
+    return root
+
+
+def test_blocks_and_scales_of_experts_travel_together(mxfp4, tmp_path):
+    base, tuned = mxfp4 / "base", mxfp4 / "tuned"
+    old, new = tensors(base), tensors(tuned)
+    assert any(name.endswith("gate_up_proj_blocks") for name in old)
+    taia.splice(base, tuned, tmp_path / "out", keep="ffn.gate_up + attention*0.5")
+    taia.verify(tmp_path / "out")
+    for name, tensor in tensors(tmp_path / "out").items():
+        if "self_attn" not in name:
+            side = new if "gate_up_proj" in name else old
+            assert torch.equal(tensor, side[name]), name
+    for keep in ("ffn*0.5", "ffn.up", "ffn.gate"):
+        with pytest.raises(taia.TaiaError, match=r"mlp\.experts\.gate_up_proj: "):
+            taia.splice(base, tuned, tmp_path / "refused", keep=keep)
+
+
+def test_unpacked_experts_are_not_mixed_with_packed_ones(mxfp4, tmp_path):
+    for first, second in (("base", "tuned-plain"), ("base-plain", "tuned")):
+        with pytest.raises(taia.TaiaError, match=r"is quantised \(mxfp4\)"):
+            taia.splice(mxfp4 / first, mxfp4 / second, tmp_path / "out")
 
 
 def test_formats_and_settings_are_not_mixed(quantised, pair, tmp_path):

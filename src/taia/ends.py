@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from taia.checkpoint import Checkpoint, Tensor
@@ -93,13 +93,12 @@ def _with_head(checkpoint: Checkpoint, embedding: Tensor, name: str) -> Checkpoi
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def tie_setting(tuned: Checkpoint, heads: Iterable[str], *, parted: bool) -> dict[str, Any]:
+def tie_setting(tuned: Checkpoint, *, untied: bool) -> dict[str, Any]:
     """What must change in the tuned model's config, so that it says what the output stores.
 
-    heads: the stored heads of the language model. parted: a head was added to one side, or
-    head and embedding are not kept alike.
+    untied: the output stores a head, and it may differ from the embedding.
     """
-    if not parted or not any(heads) or not family_of(tuned.model_type).tied:
+    if not untied or not family_of(tuned.model_type).tied:
         return {}
     config = tuned.config
     text = config.get("text_config")

@@ -94,31 +94,31 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     faults += crossed + missing
     addresses = classify_all(base.tensors, base.model_type, base.config)
     strengths, parted, tie_faults = strengths_of(base, addresses, selection)
+    wanted = {name: strengths.get(address) for name, address in addresses.items()}
     if is_quantised(base):
-        wanted = {name: strengths.get(address) for name, address in addresses.items()}
         faults += module_faults(base.tensors, wanted)
     decisions = []
-    for name, address in addresses.items():
-        tensor, other = base.tensors[name], tuned.tensors.get(name)
-        if address in parted and other is not None:
+    for name, strength in wanted.items():
+        tensor, other, address = base.tensors[name], tuned.tensors.get(name), addresses[name]
+        if other is None:  # transformers does not load it, or it is one of the faults
+            decisions.append(_decision(tensor, address, Origin.BASE, 0.0))
+        elif strength is None:
             decision, found = _parted(base, tensor, address, parted[address])
             decisions.append(decision)
             faults += found + _tensor_faults(tensor, other, address, COMPUTED)
-            continue
-        strength = strengths.get(address, 0.0)
-        if other is None:  # transformers does not load it, or it is one of the faults
-            strength = 0.0
-        elif tensor.shape != other.shape or tensor.dtype != other.dtype or strength not in (0, 1):
-            faults += _tensor_faults(tensor, other, address, strength)
-        origin = WHOLE.get(strength, Origin.BLEND)
-        stored = other if origin is Origin.TUNED and other is not None else tensor
-        decisions.append(_decision(stored, address, origin, strength))
-    ends = {addresses[name]: name for name in addresses if addresses[name].kind in ENDS}
-    heads = [name for a, name in ends.items() if a.kind is Kind.HEAD and a.tower == "language"]
+        else:
+            origin = WHOLE.get(strength, Origin.BLEND)
+            alike = tensor.shape == other.shape and tensor.dtype == other.dtype
+            if origin is Origin.BLEND or not alike:
+                faults += _tensor_faults(tensor, other, address, strength)
+            stored = other if origin is Origin.TUNED else tensor
+            decisions.append(_decision(stored, address, origin, strength))
+    ends = [address for address in strengths if address.kind in ENDS]
+    stored_heads = any(a.kind is Kind.HEAD and a.tower == "language" for a in addresses.values())
     changed = changed or len({strengths[address] for address in ends}) > 1
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
-        notes=tuple(notes + told), config=tie_setting(tuned, heads, parted=changed),
+        notes=tuple(notes + told), config=tie_setting(tuned, untied=stored_heads and changed),
     )  # fmt: skip
 
 

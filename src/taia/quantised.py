@@ -12,7 +12,6 @@ FP8, compressed-tensors, MXFP4. The names are those that the quantisers of trans
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ def modules(names: Iterable[str]) -> dict[str, str]:
     stems: dict[str, str] = {}
     listed = list(names)
     for name in listed:
-        match = COMPANION.match(name)
+        match = None if name.endswith(".weight") else COMPANION.match(name)
         if match is not None:
             stems[name] = match["module"] + (match["parameter"] or "")
     held = set(stems.values())
@@ -117,17 +116,14 @@ def module_faults(base: Mapping[str, Tensor], strengths: Mapping[str, float | No
 
     strengths: by stored name; None where rows of one tensor have different ones.
     """
-    groups: dict[str, list[str]] = defaultdict(list)
+    wanted: dict[str, float | None] = {}
+    faults: dict[str, str] = {}
     for name, module in modules(base).items():
-        groups[module].append(name)
-    faults = []
-    for module, names in groups.items():
-        wanted = {strengths[name] for name in names}
-        if len(wanted) > 1 or None in wanted:
-            faults.append(
-                f"{module}: its {len(names)} quantised tensors are taken together, and the "
-                "selection tells parts of it apart"
+        strength = strengths[name]
+        if wanted.setdefault(module, strength) != strength or strength is None:
+            faults[module] = (
+                "its quantised tensors are taken together, and the selection tells them apart"
             )
-        elif not wanted <= {0, 1}:
-            faults.append(f"{module}: quantised weights are taken whole, not at {wanted.pop():g}")
-    return faults
+        elif strength not in (0, 1):
+            faults[module] = f"quantised weights are taken whole, not at {strength:g}"
+    return [f"{module}: {fault}" for module, fault in faults.items()]
