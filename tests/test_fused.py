@@ -201,6 +201,36 @@ def test_a_merged_adapter_changes_the_rows_of_its_part(pair, tmp_path, model_typ
     assert seen
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "gpt2"])
+def test_a_sliced_adapter_merges_to_the_rows_of_its_part(pair, tmp_path, model_type):
+    from adapter_tools import save_adapter
+
+    base, _ = pair(model_type)
+    target = {"phi3": "qkv_proj", "gpt2": "c_attn"}[model_type]
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=[target])
+    for index, keep in enumerate(("attention.k", "attention.q + attention.v*0.5")):
+        sliced, merged, direct = (tmp_path / f"{name}{index}" for name in ("sliced", "out", "by"))
+        taia.splice(base, adapter, sliced, keep=keep)
+        taia.verify(sliced)
+        taia.splice(base, sliced, merged, keep="all", merge=True)
+        taia.splice(base, adapter, direct, keep=keep, merge=True)
+        one, other = tensors(merged), tensors(direct)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-7)
+        assert any(not torch.equal(one[name], tensor) for name, tensor in tensors(base).items())
+
+
+def test_rows_of_what_is_no_plain_lora_are_refused(adapters, pair, tmp_path):
+    from adapter_tools import save_adapter
+
+    base, _ = pair("phi3")
+    adapter = save_adapter(base, tmp_path / "dora", target_modules=["qkv_proj"], use_dora=True)
+    with pytest.raises(taia.TaiaError, match="only plain LoRA factors can be told apart"):
+        taia.splice(base, adapter, tmp_path / "out", keep="attention.k")
+    taia.splice(base, adapter, tmp_path / "out", keep="attention.q + attention.k + attention.v")
+    taia.verify(tmp_path / "out")
+
+
 def test_spans_tile_the_axis():
     for groups, sizes in product((1, 3), ((2, 1, 1), (1, 1))):
         cut = Cut(0, groups, tuple(zip("qkv", sizes, strict=False)))

@@ -34,7 +34,7 @@ FLOORS = [
     {"card", "load"},
     {"plan", "gguf_plan"},
     {"decisions"},
-    {"parted"},
+    {"parted", "factor_rows"},
     {"adapter"},
     {"switches", "vectors", "ends", "fused", "experts", "molora", "routing"},
     {"lora", "stacked", "low_rank", "layouts", "quantised"},

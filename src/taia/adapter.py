@@ -21,6 +21,7 @@ from taia.checkpoint import FLOATS, Tensor, read_header
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
 from taia.experts import EXPERTS_PARTS, expert_changes
 from taia.files import read_json
+from taia.fused import Parts, part_strengths
 from taia.kinds import Address, classify_all, classify_by_agreement
 from taia.lora import LORA_PARTS, LoraModule, lora_changes
 from taia.low_rank import LOHA_PARTS, LOKR_PARTS, low_rank_changes
@@ -271,12 +272,15 @@ def kept_strengths(
     layers: int | None = None,
     *,
     divided: bool = False,
+    rows: dict[str, Parts] | None = None,
 ) -> dict[str, float]:
     """The strength of every changed weight, by name, where the adapter stays an adapter.
 
     Raises SelectionError for a term without a match, and MismatchError where DoRA or a whole
     tensor would have a strength other than 0 and 1: neither scales like a product of factors.
     With `divided` only whole tensors are held to that: the caller has the base weights.
+    `rows` receives the weights of fused projections whose parts differ; for a caller that gives
+    none they are an error. Their strength is told as 1: the rest is in their rows.
     """
     if layers is None and selection.needs_depth:
         raise SelectionError(
@@ -284,10 +288,18 @@ def kept_strengths(
             "tell how many its model has; name the base model"
         )
     try:
-        by_address = selection.strengths(addresses.values(), layers)
+        by_address, parted = part_strengths(selection, addresses.values(), layers)
     except SelectionError as error:
         raise SelectionError(f"{adapter.text}: {error.args[0]}") from None
-    strengths = {name: by_address[address] for name, address in addresses.items()}
+    if parted and rows is None:
+        raise MismatchError(
+            f"{adapter.text}: parts of a fused projection at different strengths, which only a "
+            "sliced adapter or a merged checkpoint can have",
+            [name for name, address in addresses.items() if address in parted],
+        )
+    if rows is not None:
+        rows |= {name: parted[address] for name, address in addresses.items() if address in parted}
+    strengths = {name: by_address.get(address, 1.0) for name, address in addresses.items()}
     undivided = {
         name: change.divisible for name, change in adapter.modules.items() if not divided
     } | dict.fromkeys(adapter.whole, "a whole tensor")

@@ -39,7 +39,10 @@ def is_conv1d(module: str, model_type: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """The factors of one module, as stored. Embeddings store theirs under other names."""
+    """The factors of one module, as stored. Embeddings store theirs under other names.
+
+    rows: what each row of B is multiplied by; nothing for 1 everywhere.
+    """
 
     name: str
     a: Tensor
@@ -48,6 +51,7 @@ class LoraModule:
     scale: float
     transposed: bool  # Conv1D stores its weight as (in, out), and the delta likewise
     embedding: bool
+    rows: tuple[float, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -83,9 +87,12 @@ class LoraModule:
 
     def factors(self, folder: Path) -> tuple[Array, Array]:
         """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
-        from taia.arrays import read_array, widen  # numpy only when weights are read
+        import numpy as np  # only when weights are read
 
-        return widen(read_array(folder, self.a)), widen(read_array(folder, self.b))
+        from taia.arrays import read_array, widen
+
+        a, b = widen(read_array(folder, self.a)), widen(read_array(folder, self.b))
+        return a, b * np.array(self.rows, b.dtype)[:, None] if self.rows else b
 
     def tuned(self, folder: Path, base: Array, strength: float) -> Array:
         """The weight with `strength` of its delta, in the shape of `base`."""

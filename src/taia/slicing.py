@@ -34,6 +34,7 @@ from taia.errors import MismatchError
 from taia.experts import Experts
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
 from taia.hashing import with_digests
+from taia.fused import Parts
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
@@ -114,13 +115,19 @@ def _decided(
     """The adapter on its base; addresses and strengths of the weights that it changes, by name."""
     model_type, layers = architecture_of(adapter, base)
     adapter = adapter.of(model_type)
+    checkpoint = None
     if base is not None and resolve(base, headers_only=True).form is Form.CHECKPOINT:
         checkpoint = open_checkpoint(base)
         shapes = shapes_of(checkpoint)
         adapter = adapter.of(model_type, shapes)
         _refuse_misfit(adapter, checkpoint, shapes)
     addresses = addresses_of(adapter, model_type)
-    strengths = kept_strengths(adapter, addresses, selection, layers)
+    rows: dict[str, Parts] = {}
+    strengths = kept_strengths(adapter, addresses, selection, layers, rows=rows)
+    if rows:
+        from taia.factor_rows import by_rows
+
+        adapter = by_rows(adapter, addresses, rows, checkpoint)
     if not any(strengths[weight] for weight in adapter.modules):
         kinds = ", ".join(sorted({address.kind.value for address in addresses.values()}))
         raise MismatchError(
