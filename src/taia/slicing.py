@@ -33,8 +33,8 @@ from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
 from taia.experts import Experts
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
-from taia.hashing import with_digests
 from taia.fused import Parts
+from taia.hashing import with_digests
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
