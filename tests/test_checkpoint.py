@@ -211,7 +211,7 @@ def test_destination_is_a_source(copies):
 
 
 def test_destination_without_space(copies, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr("taia.files._free", lambda _: 9)
     refused(*copies, "9 are free")
 
 
