@@ -120,3 +120,36 @@ def test_the_tables_are_what_transformers_has():
     assert transposed <= IN_OUT_TYPES
     for order in orders:
         assert list(order) == sorted(order, key=ORDER.index)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+)
+def test_experts_that_the_base_stores_one_by_one(tmp_path, model_type):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+    }
+    config = AutoConfig.for_model(model_type, **(SMALL | sizes))
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = save_peft(
+        base,
+        tmp_path / "adapter",
+        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=targets),
+    )
+    expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    taia.splice(base, adapter, tmp_path / "merged", keep="all", merge=True)
+    found = load(tmp_path / "merged").state_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+    taia.splice(base, adapter, tmp_path / "half", keep="ffn*0.5", merge=True)
+    taia.verify(tmp_path / "half")
+    taia.splice(base, adapter, tmp_path / "sliced", keep="ffn*0.5")
+    sliced = PeftModel.from_pretrained(load(base), tmp_path / "sliced")
+    assert close(logits(sliced), logits(load(tmp_path / "half")))

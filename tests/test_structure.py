@@ -33,6 +33,7 @@ FLOORS = [
     {"downloads"},
     {"card", "load"},
     {"plan", "gguf_plan"},
+    {"unstack"},
     {"decisions"},
     {"parted", "factor_rows"},
     {"adapter"},

@@ -65,8 +65,10 @@ def plan(
     first = _open(start)
     if found.form is Form.ADAPTER:
         from taia.adapter import read_adapter
+        from taia.unstack import unstack
 
         adapter = read_adapter(found).of(first.model_type, shapes_of(first))
+        adapter = unstack(first, adapter)
         return _plan_merge(first, adapter, selection)
     return _plan_pair(first, _open(found), selection)
 

@@ -85,13 +85,24 @@ class StackedModule:
         from taia.arrays import widen
 
         refuse_shape(self.weight, self.shape, base.shape)
-        a, b = self._factors(folder)
         tuned: Array = widen(base).copy()
         stack = tuned[None] if self.flat else tuned
         for expert in range(self.experts):
-            delta = np.float32(self.scale) * (b[:, :, expert] @ a[expert])
+            delta = self.delta(folder, expert)
             stack[expert] += np.float32(strength) * (delta.T if self.in_out else delta)
         return tuned
+
+    def delta(self, folder: Path, expert: int) -> Array:
+        """The delta of one expert, (out, in)."""
+        import numpy as np
+
+        from taia.arrays import read_array, widen
+
+        size = self.rank * self.a.shape[1]
+        a = read_array(folder, self.a, expert * size, size).reshape(self.rank, -1)
+        b = read_array(folder, self.b).reshape(self.b.shape[0], -1, self.experts)[:, :, expert]
+        delta: Array = np.float32(self.scale) * (widen(b) @ widen(a))
+        return delta
 
     def sliced(self, folder: Path, strength: float, rank: int) -> Sliced:
         """A and B with every expert padded to `rank`, scale and strength multiplied into B."""
