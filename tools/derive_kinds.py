@@ -25,8 +25,8 @@ from kinds_page import page
 
 from taia.derivation.family import forms_of, table_of
 from taia.derivation.models import FOREIGN, architectures, causal_types
-from taia.derivation.walk import addresses
-from taia.kind_table import read_family
+from taia.derivation.walk import structure
+from taia.kind_table import Family, read_family
 from taia.kinds import Address, Kind, _addresses
 
 ROOT = Path(__file__).parents[1]
@@ -51,22 +51,22 @@ class Derived:
         foreign = FOREIGN.get(model_type)
         try:
             forms = forms_of(model_type)
-            table = table_of(forms, foreign=foreign)
+            structures = [structure(form) for form in forms]
+            table = table_of(forms, foreign=foreign, structures=structures)
         except Exception as error:  # whatever a foreign constructor raises is a reason
             self.failed[model_type] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
         self.tables[model_type] = table
-        for form in forms:
+        family = read_family(table)
+        for told in structures:
             self.models += 1
-            self._compare(model_type, table, form, hides_vision=foreign is not None)
+            rows = told.rows
+            if foreign is not None:
+                rows = {name: row for name, row in rows.items() if row.tower != "vision"}
+            self._compare(model_type, family, rows)
 
-    def _compare(self, model_type: str, table: Table, form: Any, *, hides_vision: bool) -> None:
-        rows = {
-            name: row
-            for name, row in addresses(form).items()
-            if not (hides_vision and row.tower == "vision")
-        }
-        found = _addresses(list(rows), read_family(table))
+    def _compare(self, model_type: str, family: Family, rows: dict[str, Any]) -> None:
+        found = _addresses(list(rows), family)
         self.tensors += len(rows)
         for name, row in rows.items():
             if found[name] != address_of(name, row):

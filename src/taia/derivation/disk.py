@@ -15,7 +15,7 @@ from typing import Any
 
 from taia.derivation.names import INTEGER, pattern
 from taia.derivation.rules import PROJECTIONS, projection_of
-from taia.derivation.walk import Row, attention_modules
+from taia.derivation.walk import Row
 
 FAR = 900001
 """A layer number that no model has."""
@@ -124,10 +124,10 @@ def _projection(row: Row, name: str, loaded: str) -> str | None:
     return projection_of(row.kind, name) or row.projection
 
 
-def stale_rows(model: Any) -> dict[str, Row]:
+def stale_rows(attentions: dict[str, Row]) -> dict[str, Row]:
     """Rows for buffers that old files hold in an attention module and that no model loads."""
     found = {}
-    for name, row in attention_modules(model).items():
+    for name, row in attentions.items():
         found[f"{name}.bias"] = row
         found[f"{name}.rotary_emb.weight"] = row
     return found

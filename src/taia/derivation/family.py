@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from taia.derivation.disk import disk_rows, stale_rows
 from taia.derivation.models import FOREIGN, architectures, build, variants
 from taia.derivation.names import INTEGER, pattern
-from taia.derivation.walk import Row, addresses
+from taia.derivation.walk import Row, Structure, structure
 
 LEAF = re.compile(r"\.(weight|bias)$")
 
@@ -52,25 +52,29 @@ def forms_of(model_type: str) -> list[Any]:
     return forms
 
 
-def table_of(models: Iterable[Any], *, foreign: str | None = None) -> Table:
+def table_of(
+    models: Sequence[Any],
+    *,
+    foreign: str | None = None,
+    structures: Sequence[Structure] | None = None,
+) -> Table:
     """The table of one family in all its forms, the plain one first.
 
     foreign: the module of a tower that another library computes.
+    structures: those of the models, where they are known already.
 
     Raises UnclassifiedError for a tensor that no rule fits, and ValueError for a name whose
     address nothing in its layer tells.
     """
-    models = list(models)
+    found = structures or [structure(model) for model in models]
     named: list[tuple[str, Row]] = []
-    for form in models:
-        live = addresses(form)
-        both = [*live.items(), *disk_rows(form, live)]
+    for form, told in zip(models, found, strict=True):
+        both = [*told.rows.items(), *disk_rows(form, told.rows)]
         named += [(name, row) for name, row in both if not foreign or row.tower != "vision"]
     rows, split, ambiguous = _merge(named)
-    for form in models[:1]:
-        for key, row in stale_rows(form).items():
-            if _key(key) not in ambiguous | split and not (foreign and row.tower == "vision"):
-                rows.setdefault(_key(key), row)
+    for key, row in stale_rows(found[0].attentions).items():
+        if _key(key) not in ambiguous | split and not (foreign and row.tower == "vision"):
+            rows.setdefault(_key(key), row)
     by_address = defaultdict(list)
     for key, row in rows.items():
         by_address[text_of(row)].append(key)
@@ -95,7 +99,7 @@ def text_of(row: Row) -> str:
     return f"{row.kind}/{row.projection or ''}/{row.tower}/{at}/{row.offset or ''}"
 
 
-def _not_loaded(models: list[Any], rows: dict[str, Row]) -> dict[str, list[str]]:
+def _not_loaded(models: Sequence[Any], rows: dict[str, Row]) -> dict[str, list[str]]:
     """What transformers says it does not load: extra layers, and other names.
 
     Extra layers (multi-token prediction) are stored behind the last layer under the names

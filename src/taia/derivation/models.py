@@ -9,6 +9,7 @@ its config knows. Experts are cut to four, because they share their names.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -227,7 +228,8 @@ def build(model_type: str, architecture: str | None = None, **options: Any) -> A
     import transformers
 
     names = architectures()[model_type]
-    values = {**OVERRIDES.get(model_type, {}), **options}
+    # some configs take what they are given apart
+    values = copy.deepcopy({**OVERRIDES.get(model_type, {}), **options})
     with quietly_on_meta():
         config = transformers.CONFIG_MAPPING[model_type](**values)
         if model_type in FOREIGN:

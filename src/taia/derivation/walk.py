@@ -32,7 +32,7 @@ from taia.derivation.rules import (
 )
 from taia.derivation.towers import PROJECTOR_LOOSE, tower_of
 
-__all__ = ["Row", "UnclassifiedError", "addresses", "attention_modules"]
+__all__ = ["Row", "Structure", "UnclassifiedError", "addresses", "structure"]
 
 
 class UnclassifiedError(Exception):
@@ -50,8 +50,21 @@ class Row:
     offset: int = 0
 
 
-def addresses(model: Any) -> dict[str, Row]:
-    """Every parameter and persistent buffer of a model, tied ones under each name.
+@dataclass(frozen=True)
+class Structure:
+    """What one descent finds.
+
+    rows: every parameter and persistent buffer, tied ones under each name.
+    attentions: the attention modules themselves, for the stale buffers that old files hold
+        in them.
+    """
+
+    rows: dict[str, Row]
+    attentions: dict[str, Row]
+
+
+def structure(model: Any) -> Structure:
+    """The addresses that a model's modules give its tensors.
 
     Raises UnclassifiedError with every name that no rule fits.
     """
@@ -62,20 +75,21 @@ def addresses(model: Any) -> dict[str, Row]:
     if lost:
         raise UnclassifiedError(", ".join(lost))
     sizes = {name: tensor.numel() for name, tensor in state.items()}
-    rows = _numbered({name: walk.found[name] for name in state}, sizes)
-    return _fuse(rows, sizes)
-
-
-def attention_modules(model: Any) -> dict[str, Row]:
-    """The attention modules themselves, for the stale buffers that old files hold in them."""
-    walk = _Walk(model)
-    walk.go(model, (), Place())
-    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     numbered = _main_stacks(walk.found, sizes)
-    return {
+    rows = {}
+    for name in state:
+        kind, projection, place = walk.found[name]
+        rows[name] = Row(str(kind), projection, place.tower, _at(place, numbered))
+    attentions = {
         name: Row("attention", None, place.tower, _at(place, numbered))
         for name, place in walk.attentions.items()
     }
+    return Structure(_fuse(rows, sizes), attentions)
+
+
+def addresses(model: Any) -> dict[str, Row]:
+    """The address of every parameter and persistent buffer: `structure(model).rows`."""
+    return structure(model).rows
 
 
 WEIGHTY = {"attention", "ffn", "mixer", "router"}
@@ -189,14 +203,6 @@ def _at(place: Place, numbered: set[Stack]) -> int | None:
     if place.stack is None or (place.tower, place.stack) not in numbered:
         return None
     return sum(part.isdigit() for part in place.stack)
-
-
-def _numbered(found: dict[str, Found], sizes: dict[str, int]) -> dict[str, Row]:
-    numbered = _main_stacks(found, sizes)
-    return {
-        name: Row(str(kind), projection, place.tower, _at(place, numbered))
-        for name, (kind, projection, place) in found.items()
-    }
 
 
 def _fuse(rows: dict[str, Row], sizes: dict[str, int]) -> dict[str, Row]:
