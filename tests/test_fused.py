@@ -63,7 +63,14 @@ def fused_of(folder: Path, model_type: str) -> dict[str, tuple]:
     }
 
 
-CASES = [pytest.param(t, marks=[] if t in NEEDED else pytest.mark.slow) for t in TABLE_NOW]
+UNSAVED = {"granitemoehybrid", "laguna", "zaya"}
+"""Types whose small config transformers runs and refuses to save; their rows are proven below."""
+
+CASES = [
+    pytest.param(model_type, marks=[] if model_type in NEEDED else pytest.mark.slow)
+    for model_type in TABLE_NOW
+    if model_type not in UNSAVED
+]
 
 
 @pytest.mark.parametrize("model_type", CASES)
