@@ -129,18 +129,20 @@ def parse_header(read: Callable[[int], bytes | None], size: int, path: Path) -> 
         )
     tensors: dict[str, Tensor] = {}
     faults: list[str] = []
+    broken: set[str] = set()
     names = 0
     try:
         for name, entry in _entries(Scanner(read, length)):
             names += weight_of(name, () if isinstance(entry, str) else entry[0][1])
             if len(tensors) >= MAX_TENSORS or names > MAX_NAME_BYTES:
                 raise ValueError(f"more than {MAX_TENSORS:,} tensors, or too many long names")
-            if name in tensors:
+            if name in tensors or name in broken:
                 raise ValueError(f"{name[:MAX_NAME]}: a name that stands twice")
             try:
                 tensors[name] = _tensor(name, entry, path.name, 8 + length)
             except (TypeError, ValueError) as error:
                 faults.append(f"{name[:MAX_NAME]}: {error}")
+                broken.add(name)
                 if len(faults) >= MAX_FAULTS:
                     break
     except (ValueError, RecursionError) as error:

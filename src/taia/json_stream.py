@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -46,8 +47,8 @@ _NAME = re.compile(rb"(" + STRING + rb")" + SPACE + rb":" + SPACE)
 _BODY = re.compile(rb"(?:" + _PLAIN + rb"{1,8}+|" + _ESCAPE + rb"){1,4000}+")
 _QUOTE = re.compile(rb'"')
 _TOKEN = re.compile(
-    SPACE + rb"(" + STRING + rb"|[\[\]{},:]|-?(?:0|[1-9][0-9]{0,99})(?:\.[0-9]{1,99})?"
-    rb"(?:[eE][+-]?[0-9]{1,3})?|true|false|null)" + SPACE
+    SPACE + rb"(" + STRING + rb"|[\[\]{},:]|-?(?:0|[1-9][0-9]{0,99}+)(?:\.[0-9]{1,99}+)?"
+    rb"(?:[eE][+-]?[0-9]{1,99}+)?|true|false|null)" + SPACE
 )
 
 
@@ -96,7 +97,13 @@ class Scanner:
     def flat(self, hook: Callable[[list[tuple[str, Any]]], Any]) -> Any:
         """An object that holds no other, its pairs given to `hook`."""
         text = self.expect(FLAT, "an object without others inside")[0]
-        return json.loads(text, object_pairs_hook=hook, parse_int=_natural)
+        return json.loads(
+            text,
+            object_pairs_hook=hook,
+            parse_int=_natural,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
 
     def skip_string(self) -> None:
         """Pass over a string of any length."""
@@ -115,7 +122,7 @@ class Scanner:
                 break
             if len(text) > SKIPPED or depth > 64:
                 self.fail("a value that is too large or too deep")
-        json.loads(b"".join(text))  # the tokens are right, now their order
+        json.loads(b" ".join(text))  # the tokens are right, now their order
 
     def end(self) -> None:
         """Nothing is left, and all of it was UTF-8."""
@@ -143,3 +150,16 @@ def _natural(text: str) -> int:
     if text.startswith("-") or len(text) > 20:
         raise ValueError("a number that is negative or beyond 64 bits")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    """A JSON number that a float64 holds. Raises ValueError for any other."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number beyond 64 bits")
+    return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    """NaN and Infinity, which Python writes and JSON does not know."""
+    raise ValueError(f"{text} is no JSON")
