@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taia.errors import TaiaError, VerificationError
     from taia.evaluation.harness import evaluate
     from taia.experiment import run
+    from taia.explain import Explanation, explain
     from taia.extract import extract
     from taia.kinds import Address, Kind, classify
     from taia.plan import Plan, plan
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Address",
+    "Explanation",
     "Kind",
     "Live",
     "Plan",
@@ -47,6 +49,7 @@ __all__ = [
     "attach",
     "classify",
     "evaluate",
+    "explain",
     "extract",
     "finetune",
     "plan",
@@ -60,6 +63,7 @@ __all__ = [
 _HOMES = {
     "PRESETS": "selection",
     "Address": "kinds",
+    "Explanation": "explain",
     "Kind": "kinds",
     "Live": "attach",
     "Plan": "plan",
@@ -71,6 +75,7 @@ _HOMES = {
     "classify": "kinds",
     "evaluate": "evaluation.harness",
     "extract": "extract",
+    "explain": "explain",
     "finetune": "training.finetune",
     "plan": "plan",
     "report": "report",

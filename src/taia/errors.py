@@ -36,6 +36,7 @@ __all__ = [
     "TaiaError",
     "VerificationError",
     "nearest",
+    "printable",
 ]
 
 FAULTS_SHOWN = 20
@@ -61,7 +62,7 @@ class TaiaError(Exception):
         hidden = len(self.faults) - len(shown)
         if hidden > 0:
             shown.append(f"  and {hidden} more")
-        super().__init__(_printable("\n".join([message, *shown])))
+        super().__init__(printable("\n".join([message, *shown])))
 
 
 class SelectionError(TaiaError):
@@ -111,7 +112,8 @@ class VerificationError(TaiaError):
     shown = 1_000_000
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with whatever could steer a terminal, or cannot be printed, as an escape."""
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

@@ -223,7 +223,7 @@ def _layout(dtype: Any, shape: Any) -> _Layout | str:
     bits = BITS[dtype]
     for count in shape:
         bits *= count
-        if bits >= 1 << 64:
+        if count >= 1 << 64 or bits >= 1 << 64:
             return f"a shape beyond 64 bits, {shape!r:.100}"
     if bits % 8:
         return f"{dtype} {shape!r:.100} does not end with a byte"

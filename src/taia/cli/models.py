@@ -10,6 +10,7 @@ from typing import Literal
 from taia.cli.options import Command, add_json, add_keep, add_models, add_overwrite
 from taia.cli.printing import (
     bytes_progress,
+    print_explanation,
     print_extraction,
     print_json,
     print_plan,
@@ -25,11 +26,18 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     add_models(parser)
     add_keep(parser)
     add_requantize(parser)
+    either = parser.add_mutually_exclusive_group()
+    add_keep(either)
+    either.add_argument(
+        "--against", metavar="OUT", help="explain what this checkpoint is made of; reads weights"
+    )
     add_json(parser)
 
 
 def plan(options: argparse.Namespace) -> None:
     """Show what a splice would do. Reads headers only; with an adapter, plans its merge."""
+    if options.against is not None:
+        return _explain(options)
     from taia.plan import plan as make_plan
 
     planned = make_plan(options.base, options.tuned, options.keep, requantize=options.requantize)
@@ -38,6 +46,16 @@ def plan(options: argparse.Namespace) -> None:
     else:
         print_plan(planned)
     planned.refuse_faults()
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from taia.explain import explain
+
+    explained = explain(options.base, options.tuned, options.against)
+    if options.as_json:
+        print_json(explained.to_json())
+    else:
+        print_explanation(explained)
 
 
 def splice_options(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_keep(parser: argparse.ArgumentParser) -> None:
+def add_keep(parser: argparse._ActionsContainer) -> None:
     """--keep SELECTION."""
     parser.add_argument(
         "--keep", metavar="SELECTION", default="attention",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taia.explain import Explanation
     from taia.extract import Extraction
     from taia.plan import Plan
     from taia.receipt import Receipt
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bytes_progress",
+    "print_explanation",
     "print_extraction",
     "print_json",
     "print_plan",
@@ -24,6 +26,10 @@ __all__ = [
     "print_summary",
     "read_summary",
 ]
+
+
+STRANGE = 20
+"""Tensors that are told one by one."""
 
 
 def print_json(value: Any) -> None:
@@ -51,6 +57,39 @@ def print_plan(planned: Plan) -> None:
     console.print(table)
     for note in planned.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_explanation(explained: Explanation) -> None:
+    """Print what an unknown checkpoint is made of: one kind a row, then its blends."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from taia.errors import printable
+
+    totals = explained.totals
+    columns = [name for name, count in totals["all"].items() if count]
+    table = Table(title=f"tensors of {escape(explained.out)}", title_justify="left")
+    table.add_column("kind")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind, row in totals.items():
+        if kind == "all":
+            table.add_section()
+        table.add_row(kind, *[f"{row[column]:,}" if row[column] else "" for column in columns])
+    Console().print(table)
+    strange = [part for part in explained.parts if part.match in ("neither", "missing", "added")]
+    for part in strange[:STRANGE]:
+        best = "" if part.strength is None else (
+            f"; the nearest blend is {part.strength:.3g}, {part.residual:.1%} of the delta away"
+        )  # fmt: skip
+        print(f"{part.match.value}: {printable(part.name)}{best}")
+    if len(strange) > STRANGE:
+        print(f"and {len(strange) - STRANGE} more; --json lists all")
+    if explained.selection is None:
+        print("no selection of these two models gives it")
+    else:
+        print(f"the same as --keep '{explained.selection}'")
 
 
 def print_receipt(receipt: Receipt, out: Path, done: str, as_json: bool) -> None:

@@ -1,0 +1,117 @@
+"""What a checkpoint is made of is found again, selection and all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import taia
+from taia.kinds import classify
+from taia.selection_of import selection_of
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        "attention",
+        "all - ffn - router",
+        "all",
+        "none",
+        "ffn[0:2]",
+        "attention.q + attention.v",
+        "all*0.5",
+        "attention + ffn*0.3",
+        "attention*0.25 + ffn[1:3]*0.7",
+        "ffn*linear(0.2, 0.8)",
+        "all*linear(0.25, 1)",
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_selection_is_found_again(pair, tmp_path, keep, dtype):
+    base, tuned = pair("llama", dtype)
+    receipt = taia.splice(base, tuned, tmp_path / "out", keep=keep)
+    found = taia.explain(base, tuned, tmp_path / "out")
+    assert found.selection is not None
+    again = {d.name: d.strength for d in taia.plan(base, tuned, keep=found.selection).decisions}
+    near = 2e-3 if dtype == "bfloat16" else 1e-6
+    assert all(abs(again[e.name] - e.strength) <= near for e in receipt.tensors), found.selection
+    assert {"neither", "missing", "added"} & {part.match for part in found.parts} == set()
+
+
+def test_what_is_neither_is_said(pair, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base, tuned = pair("llama")
+    out = tmp_path / "out"
+    taia.splice(base, tuned, out, keep="attention")
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name] * 2
+    tensors["extra"] = tensors.pop("model.norm.weight")
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    found = taia.explain(base, tuned, out)
+    parts = {part.name: part for part in found.parts}
+    assert found.selection is None
+    assert parts[name].match == "neither"
+    assert parts[name].residual > 0.1
+    assert parts["model.norm.weight"].match == "missing"
+    assert parts["extra"].match == "added"
+    assert found.totals["all"]["neither"] == 1
+    assert json.loads(json.dumps(found.to_json()))["selection"] is None
+
+
+def test_base_and_tuned_alike_are_both(pair, tmp_path):
+    base, _ = pair("llama")
+    shutil.copytree(base, tmp_path / "same")
+    found = taia.explain(base, tmp_path / "same", base)
+    assert {part.match for part in found.parts} == {"both"}
+    assert found.selection == "none"
+
+
+def test_the_command(pair, tmp_path: Path, capsys, monkeypatch):
+    from taia.cli import main
+
+    base, tuned = pair("llama")
+    out = tmp_path / "out"
+    taia.splice(base, tuned, out, keep="attention + ffn*0.3")
+
+    def run(*words: str) -> str:
+        line = ["taia", "plan", str(base), str(tuned), "--against", str(out), *words]
+        monkeypatch.setattr("sys.argv", line)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    told = run()
+    assert "the same as --keep 'attention + ffn*0.3'" in told
+    assert "blend" in told
+    assert json.loads(run("--json"))["selection"] == "attention + ffn*0.3"
+
+
+NAMES = [
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "model.norm.weight",
+    *(
+        f"model.layers.{layer}.{part}.weight"
+        for layer in range(4)
+        for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm")
+    ),
+]
+ADDRESSES = {name: classify(name, "llama") for name in NAMES}
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.5, 0.125, None]), min_size=19, max_size=19))
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_found_has_these_strengths(values):
+    strengths = dict(zip(ADDRESSES.values(), values, strict=True))
+    text = selection_of(strengths)
+    if text is not None:
+        given = taia.Selection.parse(text).strengths(strengths)
+        assert all(v is None or given[a] == v for a, v in strengths.items())
