@@ -24,7 +24,6 @@ __all__ = ["COMMANDS"]
 def plan_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia plan`."""
     add_models(parser)
-    add_keep(parser)
     add_requantize(parser)
     either = parser.add_mutually_exclusive_group()
     add_keep(either)
