@@ -126,7 +126,7 @@ def measure(folder: Path, repeats: int, with_mergekit: bool) -> tuple[str, str]:
                 continue  # it takes half a minute, and is far away
             shutil.rmtree(folder / "out", ignore_errors=True)
             prepare(models)
-            seen.setdefault(name, []).append(run(command))
+            seen.setdefault(name, []).append(run(command)[:2])
     shutil.rmtree(folder / "out", ignore_errors=True)
     seconds = {name: statistics.median(t for t, _ in runs) for name, runs in seen.items()}
     rows = {

@@ -12,8 +12,8 @@ from pathlib import Path
 TAIA = str(Path(sys.executable).with_name("taia"))
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of one command, in a process of its own.
+def run(command: list[str]) -> tuple[float, float, str]:
+    """Seconds, peak memory in MiB, and what was printed, of one command as a process of its own.
 
     Exits with what the command said if it fails.
     """
@@ -25,7 +25,7 @@ def run(command: list[str]) -> tuple[float, float]:
     seconds = time.perf_counter() - start
     if status:
         raise SystemExit(f"failed: {' '.join(command)}\n{said[-2000:]}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_maxrss / 1024, said
 
 
 def warm(folders: Iterable[Path]) -> None:

@@ -6,7 +6,8 @@ Tiny random models of each family are spliced by taia and merged by mergekit 0.1
 installed into an environment of its own on first use. "attention from tuned, the rest from
 base" must be equal value by value; a blend of everything at strength 0.5 in float32 may differ
 by rounding, as mergekit adds 0.5 * base and 0.5 * tuned. The difference is printed in units in
-the last place of the larger of the two weights. Exit code 1 if attention differs, or a blend by more than one such unit.
+the last place of the larger of the two weights. Exit code 1 if attention differs, or a blend by
+more than one such unit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FAMILIES = {
     "qwen2": ("self_attn.", SMALL),
     "mistral": ("self_attn.", {**SMALL, "head_dim": 8}),
     "phi3": ("self_attn.", SMALL),
-    "gpt_neox": ("attention.", {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
+    "qwen3": ("self_attn.", {**SMALL, "head_dim": 8}),
 }
 """Model type -> what the names of its attention tensors hold, and a tiny configuration."""
 
@@ -41,7 +42,9 @@ def make(folder: Path, model_type: str, fields: dict[str, int], dtype: str) -> t
     """A random base and tuned model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     for seed, name in enumerate(("base", "tuned")):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **fields)

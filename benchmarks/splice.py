@@ -12,39 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-TAIA = str(Path(sys.executable).with_name("taia"))
+from measuring import TAIA, run, table
 
-
+INNER = "of that, the splice"
 INSIDE = """
 import sys, time, taia
 start = time.perf_counter()
 taia.splice(*sys.argv[1:])
 print(time.perf_counter() - start)
 """
-
-
-def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of one command; the seconds that it prints, if it does."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    if command[1:2] == ["-c"] and printed:
-        seconds = float(printed)
-    return seconds, usage.ru_maxrss / 1024
 
 
 def make_models(folder: Path, dtype: str) -> None:
@@ -73,7 +55,7 @@ def measure(folder: Path, dtype: str, repeats: int) -> dict[str, dict[str, float
         "cp": ["sh", "-c", f"cp -r {quoted}"],
         "cp and sync": ["sh", "-c", f"cp -r {quoted} && sync '{out}'/* '{out}'"],
         "taia splice attention": [TAIA, "splice", str(base), str(tuned), str(out)],
-        "of that, the splice": [sys.executable, "-c", INSIDE, str(base), str(tuned), str(out)],
+        INNER: [sys.executable, "-c", INSIDE, str(base), str(tuned), str(out)],
         "taia splice all*0.5": [
             *(TAIA, "splice", str(base), str(tuned), str(out)),
             *("--keep", "all*0.5"),
@@ -83,13 +65,14 @@ def measure(folder: Path, dtype: str, repeats: int) -> dict[str, dict[str, float
     for _ in range(repeats + 1):  # the first turn warms the caches and is not counted
         for name, command in tools.items():
             shutil.rmtree(out, ignore_errors=True)
-            seen[name].append(run(command))
-    seconds = {name: statistics.median(t for t, _ in runs[1:]) for name, runs in seen.items()}
+            seconds, memory, said = run(command)
+            seen[name].append((float(said) if name == INNER else seconds, memory))
+    medians = {name: statistics.median(t for t, _ in runs[1:]) for name, runs in seen.items()}
     return {
         name: {
-            "seconds": seconds[name],
-            "ratio to cp": seconds[name] / seconds["cp"],
-            "ratio to cp and sync": seconds[name] / seconds["cp and sync"],
+            "seconds": medians[name],
+            "ratio to cp": medians[name] / medians["cp"],
+            "ratio to cp and sync": medians[name] / medians["cp and sync"],
             "peak MiB": max(memory for _, memory in runs[1:]),
         }
         for name, runs in seen.items()
@@ -116,10 +99,8 @@ def main() -> None:
     print(
         f"SmolLM2-135M-Instruct, {options.dtype}, {size / 1e9:.2f} GB, median of {options.repeats}"
     )
-    columns = list(rows["cp"])
-    print("| | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[column]:.2f}" for column in columns) + " |")
+    print()
+    print(table({n: {c: f"{v:.2f}" for c, v in row.items()} for n, row in rows.items()}))
 
 
 if __name__ == "__main__":
