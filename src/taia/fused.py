@@ -17,7 +17,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from taia.kinds import Address
@@ -181,6 +181,6 @@ def _counts(config: Mapping[str, Any]) -> tuple[int, int]:
 
 @cache
 def _table() -> dict[str, dict[str, str]]:
-    text = resources.files("taia").joinpath("fused.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("fused.json").read_text(encoding="utf-8")
     table: dict[str, dict[str, str]] = json.loads(text)["models"]
     return table

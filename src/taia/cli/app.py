@@ -28,8 +28,12 @@ EXTRAS = {
 """The extra that brings each optional package."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `taia`, one subparser a command; `options.do` carries the command out."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `taia`, one subparser a command; `options.do` carries the command out.
+
+    With `only` the other commands are known by name and have no options: adding the options of
+    all takes longer than a small plan.
+    """
     parser = argparse.ArgumentParser(
         prog="taia",
         description="Keep what fine-tuning taught, drop what it broke.",
@@ -40,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (add_options, do) in COMMANDS.items():
         told = (do.__doc__ or "").strip()
         command = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
-        add_options(command)
+        if only in (None, name):
+            add_options(command)
         command.set_defaults(do=do)
     return parser
 
@@ -51,7 +56,8 @@ def main() -> NoReturn:
     if len(sys.argv) == 1:
         build_parser().print_help()
         sys.exit(2)
-    options = build_parser().parse_args()
+    only = sys.argv[1] if sys.argv[1] in COMMANDS else None
+    options = build_parser(only).parse_args()
     try:
         options.do(options)
     except KeyboardInterrupt as stopped:
