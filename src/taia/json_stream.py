@@ -48,7 +48,7 @@ _BODY = re.compile(rb"(?:" + _PLAIN + rb"{1,8}+|" + _ESCAPE + rb"){1,4000}+")
 _QUOTE = re.compile(rb'"')
 _TOKEN = re.compile(
     SPACE + rb"(" + STRING + rb"|[\[\]{},:]|-?(?:0|[1-9][0-9]{0,99}+)(?:\.[0-9]{1,99}+)?"
-    rb"(?:[eE][+-]?[0-9]{1,99}+)?|true|false|null)" + SPACE
+    rb"(?:[eE][+-]?[0-9]{1,99}+)?(?![0-9.eE])|true|false|null)" + SPACE
 )
 
 
