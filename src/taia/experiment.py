@@ -38,8 +38,9 @@ from taia.recipe import Recipe, load_recipe, place
 
 if TYPE_CHECKING:
     from taia.evaluation.harness import Progress
+    from taia.training.finetune import TrainResult
 
-__all__ = ["run"]
+__all__ = ["run", "train_recipe"]
 
 LOCK = "lock.json"
 OWN = (
@@ -116,6 +117,28 @@ def run(recipe: str | Path, out: str | Path | None = None, *, overwrite: bool = 
         _write_lock(folder, lock)
         console.print(f"[bold]{name}[/bold]: done in {_duration(seconds)}")
     return folder
+
+
+def train_recipe(
+    recipe: str | Path, out: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
+    """Carry out the training of a recipe alone, into the folder `out`.
+
+    For several processes (`accelerate launch`), which `run` is not made for. Raises RecipeError
+    for a recipe without `train`, and what `taia.finetune` raises.
+    """
+    from taia.training.finetune import finetune
+
+    path = Path(recipe)
+    stated = load_recipe(path)
+    if stated.train is None:
+        raise RecipeError(f"{path}: states no training: it has no field train")
+    cell = _cell(stated, path.parent, Path(out))
+    assert cell.train_data is not None
+    return finetune(
+        cell.base, cell.train_data, out, resume=resume, overwrite=overwrite,
+        **_training_options(cell),
+    )  # fmt: skip
 
 
 def _stages(cell: Cell) -> list[tuple[str, str, Callable[[Cell, Console], None]]]:

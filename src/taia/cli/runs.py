@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taia.cli.options import MODEL, Command, add_json, add_overwrite, split_list
 from taia.cli.printing import print_json, print_summary, read_summary
 from taia.errors import RecipeError
+
+if TYPE_CHECKING:
+    from taia.training.finetune import TrainResult
 
 __all__ = ["COMMANDS"]
 
@@ -26,8 +30,11 @@ def _add_seed(parser: argparse.ArgumentParser) -> None:
 def train_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia train`; the defaults are the paper's."""
     add = parser.add_argument
-    _add_base(parser)
-    add("--data", required=True, help="a JSON Lines file, a folder, or a hub dataset id")
+    add("recipe", metavar="RECIPE", nargs="?", type=Path,
+        help="a recipe, whose training alone is carried out, in place of --base, --data and the "
+        "settings")  # fmt: skip
+    add("--base", help=f"the base model: {MODEL}")
+    add("--data", help="a JSON Lines file, a folder, or a hub dataset id")
     add("--out", required=True, type=Path, help="the folder of the adapter or model")
     add("--method", default="lora", help="lora (default), molora, dora or full")
     add("--train", metavar="SELECTION", default="all", help="what is trained (default: all)")
@@ -61,6 +68,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16,
         help="examples a step, over all devices (default: 16)",
     )  # fmt: skip
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
     add("--max-examples", type=int, help="take the first so many examples")
     add("--save-steps", type=int, default=100, help="steps between checkpoints (default: 100)")
@@ -92,9 +100,41 @@ def train(options: argparse.Namespace) -> None:
     """Fine-tune a model on chats. Defaults are the paper's; loss on the assistant's tokens."""
     import dataclasses
 
+    from taia.training.ranks import is_first
+
+    result = _train_recipe(options) if options.recipe else _train_options(options)
+    if not is_first():
+        return
+    if options.as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print(f"{options.out}: trained {result.steps} steps, {result.tokens:,} tokens, "
+              f"final loss {result.final_loss:.4f}")  # fmt: skip
+
+
+def _train_recipe(options: argparse.Namespace) -> TrainResult:
+    from taia.experiment import train_recipe
+
+    parser = argparse.ArgumentParser()
+    train_options(parser)
+    own = {"recipe", "out", "resume", "overwrite", "as_json"}
+    defaults = vars(parser.parse_args(["--out", "."]))
+    stated = [f"--{name.replace('_', '-')}" for name, default in defaults.items()
+              if name not in own and getattr(options, name) != default]  # fmt: skip
+    if stated:
+        raise RecipeError(f"{', '.join(stated)}: is for the recipe to state; write it in there")
+    return train_recipe(
+        options.recipe, options.out, resume=options.resume, overwrite=options.overwrite
+    )
+
+
+def _train_options(options: argparse.Namespace) -> TrainResult:
     from taia.training.finetune import finetune
 
-    result = finetune(
+    missing = [f"--{name}" for name in ("base", "data") if getattr(options, name) is None]
+    if missing:
+        raise RecipeError(f"{' and '.join(missing)}: needed where no recipe is given")
+    return finetune(
         options.base, options.data, options.out, method=options.method, train=options.train,
         rank=options.rank, alpha=options.alpha, dropout=options.dropout,
         experts=options.experts, experts_per_token=options.experts_per_token,
@@ -102,15 +142,10 @@ def train(options: argparse.Namespace) -> None:
         penalty=_once(options.penalty), fisher_data=options.fisher_data,
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
-        batch_size=options.batch_size, max_length=options.max_length,
+        batch_size=options.batch_size, max_length=options.max_length, dtype=options.dtype,
         max_examples=options.max_examples, save_steps=options.save_steps, seed=options.seed,
         resume=options.resume, overwrite=options.overwrite,
     )  # fmt: skip
-    if options.as_json:
-        print_json(dataclasses.asdict(result))
-    else:
-        print(f"{options.out}: trained {result.steps} steps, {result.tokens:,} tokens, "
-              f"final loss {result.final_loss:.4f}")  # fmt: skip
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:

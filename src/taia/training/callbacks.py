@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from taia.errors import DataError, TaiaError
 from taia.files import atomic_write
+from taia.training.ranks import any_of
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -93,28 +94,33 @@ class Recorder:
 
 
 class Interrupt:
-    """Set by the first Ctrl-C inside `listening`; the second one ends the process as usual."""
+    """Set by the first Ctrl-C or SIGTERM inside `listening`; the second one ends the process."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT in the main thread for the time of the block."""
+        """Take SIGINT and SIGTERM in the main thread for the time of the block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def give_back() -> None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
         def ask(_number: int, _frame: FrameType | None) -> None:
             self.asked = True
-            signal.signal(signal.SIGINT, previous)
+            give_back()
 
-        signal.signal(signal.SIGINT, ask)
+        for number in previous:
+            signal.signal(number, ask)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            give_back()
 
 
 def as_callback(recorder: Recorder | None, interrupt: Interrupt) -> TrainerCallback:
@@ -127,6 +133,7 @@ def as_callback(recorder: Recorder | None, interrupt: Interrupt) -> TrainerCallb
                 recorder.begin()
 
         def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            interrupt.asked = any_of(interrupt.asked)  # or the others would wait for ever
             if interrupt.asked:
                 control.should_save = control.should_training_stop = True
 

@@ -19,9 +19,10 @@ Limits: no packing, no gradient checkpointing.
 from __future__ import annotations
 
 import importlib.metadata
-import os
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,14 @@ from taia.training import folder
 from taia.training.batches import training_order
 from taia.training.callbacks import Interrupt, LogLine, Recorder, as_callback, progress_bar
 from taia.training.data import Encoded, digest, encode_all, read_chats
+from taia.training.device import Device, choose_device
 from taia.training.loop import make_trainer, run_trainer
+from taia.training.ranks import is_first, on_first
 from taia.training.ready import Ready, make_ready
 from taia.training.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 __all__ = ["TrainResult", "finetune"]
 
@@ -137,15 +140,16 @@ def finetune(
     if save_steps < 1:
         raise RecipeError(f"save_steps is {save_steps}: at least 1 is needed")
     target = Path(out).expanduser()
-    done = folder.check(target, settings, resume=resume, overwrite=overwrite)
+    done = on_first(lambda: folder.check(target, settings, resume=resume, overwrite=overwrite))
     if done is not None:
         chats = read_chats(settings.data, max_examples=settings.max_examples)
         if digest(settings.data, chats) != done["data"]["sha256"]:
             raise folder.other_data(target, settings)
         return _result(target, done)
     run = _prepare(settings)
-    checkpoint = folder.start(
-        target, settings, run.digest, resume=resume, fisher=run.ready.fisher_name
+    name = run.ready.fisher_name
+    checkpoint = on_first(
+        lambda: folder.start(target, settings, run.digest, resume=resume, fisher=name)
     )
     try:
         return _train(run, target, checkpoint, save_steps, on_progress)
@@ -159,6 +163,7 @@ class _Run:
 
     settings: Settings
     ready: Ready
+    device: Device
     tokenizer: PreTrainedTokenizerBase
     data: Encoded
     digest: str
@@ -187,9 +192,11 @@ def _prepare(settings: Settings) -> _Run:
     data = encode_all(chats, tokenizer, settings.max_length)
     lengths = [len(example["input_ids"]) for example in data.examples]
     total = settings.total(len(lengths))
+    ready = make_ready(settings, source.form, tokenizer)
     return _Run(
         settings=settings,
-        ready=make_ready(settings, source.form, tokenizer),
+        ready=ready,
+        device=choose_device(settings, ready.model),
         tokenizer=tokenizer,
         data=data,
         digest=digest(settings.data, chats),
@@ -204,17 +211,21 @@ def _train(
     save_steps: int,
     on_progress: Callable[[LogLine], None] | None,
 ) -> TrainResult:
-    interrupt = Interrupt()
-    with quiet_transformers(), interrupt.listening(), progress_bar(run.steps) as bar:
-        recorder = Recorder(
-            out / folder.LOG,
-            steps=run.steps,
-            examples=len(run.data.examples),
-            batch_size=run.settings.batch_size,
-            tokens=run.tokens(),
-            from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
-            on_progress=on_progress or bar,
-        )
+    interrupt, recorder = Interrupt(), None
+    bars = progress_bar(run.steps) if is_first() else nullcontext()
+    with quiet_transformers(), interrupt.listening(), bars as bar:
+        if is_first():
+            if on_progress is None:
+                print(f"training on {run.device}", file=sys.stderr)
+            recorder = Recorder(
+                out / folder.LOG,
+                steps=run.steps,
+                examples=len(run.data.examples),
+                batch_size=run.settings.batch_size,
+                tokens=run.tokens(),
+                from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+                on_progress=on_progress or bar,
+            )
         trainer = make_trainer(
             run.ready.model,
             [run.data.examples[number] for number in run.order],
@@ -224,29 +235,48 @@ def _train(
             save_steps=save_steps,
             additions=run.ready.additions,
         )
-        trainer.add_callback(as_callback(recorder if _is_main() else None, interrupt))
+        trainer.add_callback(as_callback(recorder, interrupt))
         run_trainer(trainer, checkpoint)
         if interrupt.asked:
             raise KeyboardInterrupt(
                 f"stopped at step {trainer.state.global_step} of {run.steps}; "
                 f"{out} can be resumed from there"
             )
-        record = _record(run, recorder)
-        if trainer.is_world_process_zero():
-            folder.publish(out, _finished(run, out), record)
-    return _result(out, record)
+        finished = _finished(run, out, trainer)
+        return _result(out, on_first(lambda: _publish(run, recorder, out, finished)))
 
 
-def _finished(run: _Run, out: Path) -> Path:
-    """The adapter or model with its tokenizer, in a folder beside the checkpoints."""
+def _publish(run: _Run, recorder: Recorder | None, out: Path, finished: Path) -> dict[str, Any]:
+    """The finished files in their place; what train.json says. Of the first process alone."""
+    assert recorder is not None
+    record = _record(run, recorder)
+    folder.publish(out, finished, record)
+    return record
+
+
+def _finished(run: _Run, out: Path, trainer: Trainer) -> Path:
+    """The adapter or model with its tokenizer, in a folder beside the checkpoints.
+
+    All processes call it: where each holds a part of the weights, they are put together.
+    """
     finished = out / folder.CHECKPOINTS / "finished"
     model: Any = run.ready.model
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_first():
+        return finished
     if run.settings.method == "full":
         model.config.use_cache = True
-        model.to(run.ready.stored_dtype).save_pretrained(finished)
+        if state is None:
+            model.to(run.ready.stored_dtype)
+        else:
+            state = {name: value.to(run.ready.stored_dtype) for name, value in state.items()}
+            model.config.dtype = run.ready.stored_dtype
+        model.save_pretrained(finished, state_dict=state)
     else:
         model.peft_config["default"].base_model_name_or_path = run.settings.base
-        model.save_pretrained(finished, save_embedding_layers=False)
+        model.save_pretrained(finished, save_embedding_layers=False, state_dict=state)
         (finished / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
     run.tokenizer.save_pretrained(finished)
     return finished
@@ -268,6 +298,7 @@ def _record(run: _Run, recorder: Recorder) -> dict[str, Any]:
         },
         "settings": asdict(settings),
         **run.ready.facts,
+        **run.device.facts(),
         "steps": run.steps,
         "tokens": int(last["tokens"]),
         "seconds": last["seconds"],
@@ -290,7 +321,3 @@ def _result(out: Path, record: dict[str, Any]) -> TrainResult:
         seconds=record["seconds"],
         final_loss=record["final_loss"],
     )
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

@@ -35,8 +35,9 @@ SETTINGS = "settings.json"
 DIGEST = "sha256 of the data"
 FISHER = "fisher information"
 
-COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-"""Files that the Trainer writes last; a checkpoint without one of them was cut off."""
+COMPLETE = ("trainer_state.json", "scheduler.pt")
+"""The Trainer writes the first of them last of all, and the optimizer, in a form that depends on
+the devices, before the second; a checkpoint without one of them was cut off."""
 
 
 def check(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:

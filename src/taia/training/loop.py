@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING
 from taia.errors import RecipeError
 from taia.training.batches import collate, micro_batch
 from taia.training.data import Example
+from taia.training.device import choose_device
 from taia.training.objective import Additions, make_trainer_class
+from taia.training.ranks import rank, world
 from taia.training.settings import Settings
+from taia.training.spans import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -36,8 +38,10 @@ def make_trainer(
     `padding`: the token id that fills short rows. `additions`: what the loss has beside the
     task's. Raises RecipeError when the batch cannot be shared out among the processes.
     """
+    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
+    examples = _filled(examples, settings.batch_size, padding)
     trainer = make_trainer_class(additions)(
         model=model,
         args=_arguments(model, examples, settings, checkpoints, save_steps),
@@ -45,6 +49,8 @@ def make_trainer(
         data_collator=functools.partial(collate, padding=padding),
     )
     trainer.remove_callback(PrinterCallback)
+    if rank():
+        set_seed(settings.seed + rank())  # else all processes would drop out the same places
     return trainer
 
 
@@ -68,12 +74,9 @@ def _arguments(
     checkpoints: Path,
     save_steps: int,
 ) -> TrainingArguments:
-    import torch
     from transformers import TrainingArguments
 
-    cuda = torch.cuda.is_available()
-    if cuda and settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise RecipeError("dtype bfloat16: this CUDA device cannot compute in it; use float32")
+    device = choose_device(settings, model)
     part, parts = _shares(model, examples, settings)
     steps = math.ceil(len(examples) / settings.batch_size)
     arguments = TrainingArguments(
@@ -88,8 +91,9 @@ def _arguments(
         weight_decay=settings.weight_decay,
         optim="adamw_torch",
         bf16=settings.dtype == "bfloat16",
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
+        use_cpu=not device.cuda,
+        dataloader_pin_memory=device.cuda,
+        use_liger_kernel=device.liger,
         seed=settings.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -99,20 +103,33 @@ def _arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else torch.DataParallel; several devices are accelerate's business
     return arguments
 
 
+def _filled(examples: Sequence[Example], batch_size: int, padding: int) -> Sequence[Example]:
+    """The examples, for several processes with unlabelled ones that fill up the last batch.
+
+    accelerate would fill it with the first examples again, and a short batch would be another
+    one than that of a single process. Without a label nothing is added to the loss.
+    """
+    missing = -len(examples) % batch_size
+    if world() == 1 or not missing:
+        return examples
+    nothing: Example = {"input_ids": [padding] * 2, "labels": [IGNORED] * 2}
+    return [*examples, *[nothing] * missing]
+
+
 def _shares(
     model: PreTrainedModel, examples: Sequence[Example], settings: Settings
 ) -> tuple[int, int]:
     """Examples at once on one device, and how many such parts make up its share of a batch."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    share, rest = divmod(settings.batch_size, world)
+    share, rest = divmod(settings.batch_size, world())
     if rest:
-        raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world} processes")
+        raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world()} processes")
     longest = max(len(example["input_ids"]) for example in examples)
     vocabulary = model.config.get_text_config().vocab_size
     if "kl" in settings.penalty:
