@@ -128,3 +128,31 @@ def test_a_batch_that_two_processes_cannot_share_is_told(places, tmp_path, monke
             load_model(places[0]), [example], settings, tmp_path, padding=0, save_steps=1,
             additions=Additions(),
         )  # fmt: skip
+
+
+RECIPE = """
+name: one
+base: BASE
+train: {data: DATA, max_steps: 2, rank: 2, batch_size: 4, max_length: 64}
+evaluate: {tasks: [piqa]}
+"""
+
+
+def test_the_training_of_a_recipe_alone(places, tmp_path):
+    from taia.errors import RecipeError
+    from taia.experiment import train_recipe
+
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(RECIPE.replace("BASE", str(places[0])).replace("DATA", str(places[1])))
+    assert train_recipe(recipe, tmp_path / "out").steps == 2
+    recipe.write_text(f"name: one\nbase: {places[0]}\nadapter: x\nevaluate: {{tasks: [piqa]}}\n")
+    with pytest.raises(RecipeError, match="no field train"):
+        train_recipe(recipe, tmp_path / "other")
+
+
+def test_a_recipe_and_its_settings_are_stated_in_one_place(tmp_path):
+    command = [sys.executable, "-m", "taia", "train", "--out", str(tmp_path / "o")]
+    for words, told in ((["r.yaml", "--rank", "3"], "--rank"), ([], "--base and --data")):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr
