@@ -59,6 +59,7 @@ def test_a_tensor_that_no_rule_explains_is_an_error(adapters, tmp_path):
         {"alpha_pattern": {"(": 3}},
         {"target_modules": [["q"]]},
         {"base_model_name_or_path": 5},
+        {"peft_type": ["LORA"]},
     ],
 )
 def test_a_configuration_of_the_wrong_types_is_one_message(adapters, tmp_path, change):
@@ -70,5 +71,33 @@ def test_a_configuration_of_the_wrong_types_is_one_message(adapters, tmp_path, c
     (other / "adapter_model.safetensors").write_bytes(
         (adapter / "adapter_model.safetensors").read_bytes()
     )
-    with pytest.raises(taia.TaiaError, match="not a LoRA configuration"):
+    with pytest.raises(taia.TaiaError, match=r"not a LoRA configuration|an adapter of type \["):
+        read_adapter(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "message"),
+    [
+        ({"r": 3}, None, "of rank 4, the configuration says 3"),
+        ({"use_dora": True}, None, "has no lora_magnitude_vector"),
+        ({}, ".lora_magnitude_vector", "does not say use_dora"),
+        ({}, ".lora_B.bias", "does not say lora_bias"),
+    ],
+)
+def test_a_file_that_is_not_what_its_configuration_says_is_refused(
+    adapters, tmp_path, change, part, message
+):
+    """PEFT drops such a tensor, or makes one up: with a warning, and another model."""
+    _, adapter = adapters("llama", "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | change))
+    stored = load_file(adapter / "adapter_model.safetensors")
+    if part is not None:
+        stem, b = next((k.removesuffix(".lora_B.weight"), v) for k, v in stored.items()
+                       if k.endswith(".lora_B.weight"))  # fmt: skip
+        stored[stem + part] = torch.ones(len(b))
+    save_file(stored, other / "adapter_model.safetensors")
+    with pytest.raises(taia.TaiaError, match=message):
         read_adapter(other)

@@ -363,6 +363,8 @@ def test_no_server_and_no_model_are_one_message_each(server, tmp_path):
         taia.plan("http://127.0.0.1:9/base", f"{server.url}/tuned")
     with pytest.raises(SourceError, match="not a URL with a host"):
         taia.plan("https:///base", f"{server.url}/tuned")
+    with pytest.raises(SourceError, match=r"//\[h: not a URL: Invalid IPv6"):
+        taia.plan("https://user:secret@[h?sig=secret", f"{server.url}/tuned")
 
 
 def test_storage_that_fsspec_reads(root, tmp_path):

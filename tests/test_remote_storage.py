@@ -137,3 +137,14 @@ def test_a_missing_package_of_a_storage_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
     with pytest.raises(taia.TaiaError, match=r"pip install 'taia\[s3\]'"):
         taia.plan("s3://bucket/base", "s3://bucket/tuned")
+
+
+def test_a_password_in_an_address_is_not_printed():
+    for address in ("ftp://user:hunter2@127.0.0.1:1/x", "smb://user:hunter2@127.0.0.1/x",
+                    "zip://a::https://h/x?sig=hunter2"):  # fmt: skip
+        with pytest.raises(taia.TaiaError) as caught:
+            taia.plan(address, address)
+        assert "hunter2" not in str(caught.value)
+    from taia.remote_storage import storage_remote
+
+    assert storage_remote("memory://user:hunter2@host/a").text == "memory://user@host/a"

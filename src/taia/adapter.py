@@ -22,6 +22,7 @@ from taia.errors import CheckpointError, MismatchError, SelectionError, SourceEr
 from taia.experts import EXPERTS_PARTS, expert_changes
 from taia.files import read_json
 from taia.fused import Parts, part_strengths
+from taia.gguf_header import read_gguf
 from taia.kinds import Address, classify_all, classify_by_agreement
 from taia.lora import LORA_PARTS, LoraModule, lora_changes
 from taia.low_rank import LOHA_PARTS, LOKR_PARTS, low_rank_changes
@@ -240,17 +241,9 @@ def architecture_of(
 
 
 def _gguf_depth(path: Path) -> int | None:
-    """The number of layers that a GGUF file states; None without the gguf package."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        return None
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from error
-    counts = [field for name, field in fields.items() if name.endswith(".block_count")]
-    return int(counts[0].contents()) if counts else None
+    """The number of layers that a GGUF file states."""
+    stated = (v for key, v in read_gguf(path).config.items() if key.endswith(".block_count"))
+    return next((count for count in stated if isinstance(count, int)), None)
 
 
 def addresses_of(adapter: Adapter, model_type: str | None) -> dict[str, Address]:

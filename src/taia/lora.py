@@ -185,7 +185,7 @@ def lora_changes(
 
     `parts` are the tensors by the last parts of their names, without `.weight`.
     """
-    fault = _fault(name, parts)
+    fault = _fault(name, parts) or _contradiction(name, parts, settings)
     if fault:
         return [], fault
     embedding = "lora_embedding_A" in parts
@@ -218,4 +218,20 @@ def _fault(name: str, parts: Mapping[str, Tensor]) -> str | None:
         return f"{name}: a magnitude of shape {list(magnitude.shape)} for {b.shape[0]} rows"
     if bias is not None and bias.shape != b.shape[:1]:
         return f"{name}: a bias of shape {list(bias.shape)} for {b.shape[0]} rows"
+    return None
+
+
+def _contradiction(name: str, parts: Mapping[str, Tensor], settings: Settings) -> str | None:
+    """Where the configuration says another delta than the tensors: PEFT would drop or add one."""
+    a = parts.get("lora_embedding_A") or parts["lora_A"]
+    if a.shape[0] != settings.rank(name):
+        return f"{name}: of rank {a.shape[0]}, the configuration says {settings.rank(name)}"
+    for part, setting, stated in (
+        ("lora_magnitude_vector", "use_dora", settings.use_dora),
+        ("lora_B.bias", "lora_bias", settings.lora_bias),
+    ):
+        if part in parts and not stated:
+            return f"{name}: has a {part}, the configuration does not say {setting}"
+    if settings.use_dora and "lora_magnitude_vector" not in parts:
+        return f"{name}: has no lora_magnitude_vector, the configuration says use_dora"
     return None

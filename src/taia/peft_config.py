@@ -175,7 +175,7 @@ def read_settings(path: Path, config: Mapping[str, Any]) -> Settings:
 
 
 def _refuse_method(folder: Path, method: object) -> None:
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         return
     known = ", ".join(METHODS.values())
     reason = OTHER_METHODS.get(str(method), "it is not known here")

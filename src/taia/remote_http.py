@@ -194,7 +194,10 @@ class HttpRemote:
 
 def http_remote(text: str) -> HttpRemote:
     """A folder by its http(s) URL; a query (an access signature) goes with every request."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise SourceError(f"{without_secrets(text)}: not a URL: {error}") from error
     if not parts.hostname:
         raise SourceError(f"{without_secrets(text)}: not a URL with a host")
     url = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
@@ -203,8 +206,7 @@ def http_remote(text: str) -> HttpRemote:
 
 def without_secrets(url: str) -> str:
     """A URL without user, password and query, as it may stand in messages and receipts."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return re.sub(r"(?<=://)[^/?#]*@", "", re.split("[?#]", url, maxsplit=1)[0])
 
 
 @functools.cache

@@ -7,6 +7,7 @@ states of a file (size, ETag) is compared before and after each part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ __all__ = ["StorageRemote", "storage_remote"]
 
 PIECE = 4 * 1024 * 1024
 """Bytes of one request: they are held in memory, once for each connection."""
+
+PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*(?=@)")
+"""`user:password` before a host."""
 
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 
@@ -82,9 +86,15 @@ def storage_remote(text: str) -> StorageRemote:
     """A folder by its URL. Raises DependencyError without the package of its protocol."""
     import fsspec
 
-    scheme = text.partition("://")[0]
+    scheme, address = text.partition("://")[0], text
+    if scheme != "github":  # there it is ORG:REPOSITORY@REVISION
+        text = PASSWORD.sub(r"\1", address)
+    if "::" in address:
+        raise SourceError(
+            f"{scheme}://: fsspec's chains of addresses are not read; download the model first"
+        )
     try:
-        filesystem, folder = fsspec.core.url_to_fs(text)
+        filesystem, folder = fsspec.core.url_to_fs(address)
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         how = f"pip install 'taia[{extra}]'" if extra else str(error)
@@ -92,5 +102,6 @@ def storage_remote(text: str) -> StorageRemote:
             f"{text}: reading {scheme}:// needs one more package: {how}"
         ) from error
     except Exception as error:
-        raise SourceError(f"{text}: not an address that can be opened: {error}") from error
+        why = error if text == address else type(error).__name__  # its text may have the password
+        raise SourceError(f"{text}: not an address that can be opened: {why}") from error
     return StorageRemote(text, filesystem, folder)

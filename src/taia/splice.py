@@ -91,7 +91,7 @@ def splice(
         from taia.slicing import slice_adapter
 
         return slice_adapter(
-            found, destination, selection, base=base, hash=hash, overwrite=overwrite
+            found, destination, selection, base=start, hash=hash, overwrite=overwrite
         )
     if merge and found.form is not Form.ADAPTER:
         raise SourceError(f"{found.text}: a {found.form}; --merge is for adapters")
