@@ -130,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = [{"rfilename": row["path"], "size": row["size"], "blobId": row["oid"],
                      "lfs": row.get("lfs")} for row in self._files(repository)]  # fmt: skip
-        self._json({"id": repository, "sha": self.hub.commit, "siblings": siblings})
+        self._json({"id": repository, "sha": self.hub.commit, "siblings": siblings,
+                    "private": False})  # fmt: skip
 
     def _tree(self, repository: str) -> None:
         if not self._refused(repository):

@@ -56,15 +56,21 @@ def test_an_output_is_uploaded_whole_in_one_commit(run, hub, tmp_path):
 def test_an_existing_model_is_replaced_on_request_and_its_weights_go(run, hub, tmp_path):
     old = hub.root / "org" / "old"
     old.mkdir(parents=True)
-    (old / "model-00009-of-00009.safetensors").write_bytes(b"old")
+    stale = ["adapter_config.json", "model-00009-of-00009.safetensors", "pytorch_model.bin"]
+    (old / "lora").mkdir()
+    for name in [*stale, "lora/adapter_model.safetensors", "notes.txt"]:
+        (old / name).write_bytes(b"old")
     done = run("--push", "org/old")
     assert done.returncode == 2
     assert "there is a model of that name" in done.stderr
+    done = run("--push", "org/old", "--overwrite", "--private")
+    assert done.returncode == 2
+    assert "is public on the hub" in done.stderr
     assert not (tmp_path / "out").exists()
     done = run("--push", "org/old", "--overwrite")
     assert done.returncode == 0, done.stderr
     gone = [line["value"]["path"] for line in hub.commits[0] if line["key"] == "deletedFile"]
-    assert gone == ["model-00009-of-00009.safetensors"]
+    assert sorted(gone) == stale
 
 
 @pytest.mark.slow
@@ -91,6 +97,20 @@ def test_without_the_right_to_write_nothing_is_done(run, tmp_path, name, token, 
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--private"], "--private is for --push"),
+        (["--extract", "2", "--push", "org/new"], "--push: not for an extracted adapter"),
+    ],
+)
+def test_no_option_is_dropped_without_a_word(run, hub, tmp_path, words, message):
+    done = run(*words)
+    assert (done.returncode, hub.seen) == (2, [])
+    assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 

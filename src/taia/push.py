@@ -1,8 +1,8 @@
 """An output on the hub: whether it may go there, asked before any work, and the upload after.
 
 The folder is complete on this disk first; an upload that fails leaves it there. Everything
-goes in one commit, and weight files of an earlier model that the new one lacks go with it, as
-two sets of weights in one repository would be a model that nobody made.
+goes in one commit, and what the new model lacks of an earlier one's weights goes with it, as two
+sets of weights in one repository would be a model that nobody made. Subfolders stay.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.errors import OutputError
+from taia.remote import matches
 from taia.remote_http import first_line
 
 __all__ = ["check_push", "push"]
@@ -20,10 +21,18 @@ __all__ = ["check_push", "push"]
 LOGIN = "log in with `hf auth login` and a token that may write"
 
 
-def check_push(repository: str, *, overwrite: bool = False) -> None:
+WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "adapter_model.bin",
+    "pytorch_model*.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""What makes a repository another model's; an adapter_config.json makes it an adapter."""
+
+
+def check_push(repository: str, *, overwrite: bool = False, private: bool = False) -> None:
     """Raise OutputError unless the token that is here may write a new model `repository`.
 
-    A repository that holds files already is refused without `overwrite`.
+    A repository that holds files already is refused without `overwrite`, and a public one where
+    `private` is wanted, as an upload does not hide it.
     """
     from huggingface_hub import HfApi, errors
 
@@ -42,6 +51,10 @@ def check_push(repository: str, *, overwrite: bool = False) -> None:
         return
     except Exception as error:
         raise _refused(repository, "cannot be looked at", error) from error
+    if private and not info.private:
+        raise OutputError(
+            f"{repository}: is public on the hub; make it private in its settings, or name another"
+        )
     files = [sibling.rfilename for sibling in info.siblings or ()]
     if set(files) - {".gitattributes"} and not overwrite:
         raise OutputError(
@@ -65,7 +78,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
                 repo_id=repository,
                 folder_path=folder,
                 commit_message="Upload a model spliced by taia",
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+                delete_patterns=[n for n in api.list_repo_files(repository) if matches(n, WEIGHTS)],
             )
     except Exception as error:  # whatever the upload ran into, the folder is whole
         raise _refused(

@@ -94,6 +94,8 @@ def splice_options(parser: argparse.ArgumentParser) -> None:
 
 def splice(options: argparse.Namespace) -> None:
     """Write the model, or the sliced adapter, that keeps a selection of the delta."""
+    if options.private and not options.push:
+        raise OutputError("--private is for --push: nothing is uploaded without it")
     if options.extract is not None:
         extract(options)
         return
@@ -104,7 +106,7 @@ def splice(options: argparse.Namespace) -> None:
     if options.push:
         from taia.push import check_push
 
-        check_push(options.push, overwrite=options.overwrite)
+        check_push(options.push, overwrite=options.overwrite, private=options.private)
     with bytes_progress() as on_progress:
         receipt = carry_out(
             options.base,
@@ -139,6 +141,11 @@ def extract(options: argparse.Namespace) -> None:
 
     if options.merge:
         raise SelectionError("--merge makes a checkpoint of an adapter, --extract the reverse")
+    others = [f"--{name.replace('_', '-')}"
+              for name in ("requantize", "shard_size", "keep_downloads", "push")
+              if getattr(options, name)]  # fmt: skip
+    if others:
+        raise SelectionError(f"{', '.join(others)}: not for an extracted adapter, a small folder")
     extraction = carry_out(
         options.base,
         options.tuned,
