@@ -141,11 +141,15 @@ def test_every_option_says_what_it_is(add_options, do):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_nothing(pair, tmp_path, stop):
+@pytest.mark.parametrize("place", ["kill()", "Finalised()"])
+def test_a_signal_leaves_nothing(pair, tmp_path, stop, place):
+    """Wherever it comes, even where Python prints an exception and goes on: in a destructor."""
     base, tuned = pair("llama")
     code = (
         "import os, sys\nfrom taia import filling\nfrom taia.cli import main\n"
-        f"filling.start_writing = lambda *_: os.kill(os.getpid(), {int(stop)})\n"
+        f"def kill(*_):\n    os.kill(os.getpid(), {int(stop)})\n"
+        "class Finalised:\n    __del__ = kill\n"
+        f"filling.start_writing = lambda *_: {place} and None\n"
         f"sys.argv = ['taia', 'splice', {str(base)!r}, {str(tuned)!r}, {str(tmp_path / 'out')!r}]\n"
         "main()"
     )

@@ -37,7 +37,7 @@ FLOORS = [
     {"decisions"},
     {"parted", "factor_rows"},
     {"adapter"},
-    {"switches", "vectors", "ends", "fused", "experts", "molora", "routing"},
+    {"switches", "vectors", "ends", "configs", "fused", "experts", "molora", "routing"},
     {"lora", "stacked", "low_rank", "layouts", "quantised"},
     {"changes", "peft_config"},
     {"factorise", "nearly"},
@@ -52,6 +52,7 @@ FLOORS = [
     {"remote_http", "transfer"},
     {"remote", "files"},
     {"untrusted", "json_stream", "copying", "workers"},
+    {"stopping"},
     {"errors"},
 ]
 """From the top down. A module imports from its own floor and from those below."""

@@ -18,7 +18,9 @@ from threading import local
 from typing import Any, TypeVar
 
 from taia.holes import refuse_hole
+from taia.stopping import refuse_stopped
 from taia.untrusted import open_regular
+from taia.workers import cores
 
 __all__ = ["JOB", "STEP", "Pair", "differing", "in_threads", "read_into"]
 
@@ -58,11 +60,11 @@ def differing(pairs: Iterable[Pair]) -> set[str]:
 
 def in_threads(tasks: Iterable[Task], work: Callable[[Task], Result]) -> Iterator[Result]:
     """The result of every task, worked on by as many threads as there are cores."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(16, cores)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         try:
-            yield from pool.map(work, tasks)
+            for result in pool.map(work, tasks):
+                refuse_stopped()
+                yield result
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

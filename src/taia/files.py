@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.errors import CheckpointError, OutputError
+from taia.stopping import refuse_stopped
 from taia.untrusted import open_regular
 
 __all__ = [
@@ -75,6 +76,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
         _sync_tree(partial)
+        refuse_stopped()
         _swap(partial, out)
     except OSError as error:
         _remove(partial)
@@ -108,6 +110,7 @@ def staged_files(*outs: Path, overwrite: bool = False) -> Iterator[list[Path]]:
     try:
         yield [partial / file.name for file in outs]
         _sync_tree(partial)
+        refuse_stopped()
         for file in outs:
             (partial / file.name).replace(file)
         with suppress(OSError):

@@ -12,6 +12,8 @@ from itertools import islice
 from threading import Lock, Thread
 from typing import TypeVar
 
+from taia.stopping import refuse_stopped
+
 __all__ = ["cores", "nothing", "on_all_cores"]
 
 Task = TypeVar("Task")
@@ -48,6 +50,7 @@ def on_all_cores(
     def labour(then: Callable[[], object] = nothing) -> None:
         try:
             while not failures and (taken := take()):
+                refuse_stopped()
                 work(taken[0])
                 then()
         except BaseException as error:  # raised in the calling thread

@@ -7,12 +7,12 @@ command that needs it, so that `taia --help` and `taia plan` do not import torch
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from typing import NoReturn
 
 from taia.cli import models, runs
 from taia.errors import DependencyError, TaiaError
+from taia.stopping import listen
 
 __all__ = ["build_parser", "main"]
 
@@ -52,7 +52,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def main() -> NoReturn:
     """Run the command line. A TaiaError becomes one message and its exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written outputs go
+    listen()  # so that half-written outputs go
     if len(sys.argv) == 1:
         build_parser().print_help()
         sys.exit(2)
