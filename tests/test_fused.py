@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_tools import tensors
+from layout_tools import tensors, write
 
 import taia
 from taia.fused import Cut, cut_of
@@ -97,6 +97,15 @@ def test_each_part_takes_its_rows_and_no_others(made, tmp_path, model_type):
                 rows = (*[slice(None)] * cut.axis, slice(start, stop))
                 side = new if here and owner == part else old
                 assert torch.equal(got[name][rows], side[name][rows]), (name, start)
+
+
+def test_rows_of_no_elements(pair, tmp_path):
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    for side, folder in zip(("base", "tuned"), pair("phi3"), strict=True):
+        state = tensors(folder)
+        write(tmp_path / side, state | {name: torch.zeros(len(state[name]), 0)}, folder)
+    taia.splice(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", keep="attention.q")
+    taia.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "gpt2", "gpt_neox", "gpt_oss"])

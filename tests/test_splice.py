@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES
+from layout_tools import write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -216,3 +217,14 @@ def test_a_strength_beyond_the_dtype_is_refused(pair, tmp_path):
     with pytest.raises(taia.TaiaError, match="no longer a finite"):
         taia.splice(base, tuned, tmp_path / "out", keep="all*1e7")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_companion_never_overwrites_weights(pair, tmp_path):
+    """Shards may have any name, and some names are those of tokenizer files."""
+    for name, folder in zip(("base", "tuned"), pair("llama"), strict=True):
+        copy = write(tmp_path / name, tensors(folder), folder)
+        shard = (copy / "model.safetensors").rename(copy / "tokenizer_1.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors(folder), shard.name)}
+        (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    taia.splice(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", keep="none")
+    taia.verify(tmp_path / "out")

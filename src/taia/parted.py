@@ -38,6 +38,8 @@ def parted_chunks(
     """The bytes of the output, in the dtype of the base, about CHUNK elements at a time."""
     strengths = row_strengths(cut, parts)
     width = math.prod(base.shape[cut.axis + 1 :])
+    if not width:  # rows of no elements
+        return
     rows = base.parameters // width
     at_once = max(1, CHUNK // width)
     for first in range(0, rows, at_once):

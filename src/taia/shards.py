@@ -6,6 +6,7 @@ is cut anew, in the same order, into files of at most that many bytes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,10 +57,10 @@ def shards_of(planned: Plan, parts: Mapping[str, Piece], size: int | None = None
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB (10^9 bytes) or 512MiB. Raises OutputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", text.upper())
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if size < 1:
+    size = float(match[1]) * UNITS[match[2]] if match else 0.0
+    if not 1 <= size < math.inf:
         raise OutputError(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
-    return size
+    return int(size)
 
 
 def _cut(tensors: Iterable[Tensor], size: int) -> dict[str, list[Tensor]]:

@@ -69,14 +69,18 @@ def write_index(folder: Path, entries: Sequence[Entry]) -> None:
 def copy_companions(
     source: Path, folder: Path, patterns: Sequence[str], without: Sequence[str] = ()
 ) -> None:
-    """Copy the files of `source` that match `patterns` and not `without`; content only."""
+    """Copy the files of `source` that match `patterns` and not `without`; content only.
+
+    Weights are none of them, whatever their name: they would overwrite those of the output.
+    """
     import shutil  # slow to load; the weights are being written meanwhile
 
     def matches(name: str, among: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in among)
 
+    unwanted = ("*.safetensors", *without)
     for file in sorted(source.iterdir()):
-        if matches(file.name, patterns) and not matches(file.name, without) and file.is_file():
+        if matches(file.name, patterns) and not matches(file.name, unwanted) and file.is_file():
             refuse_stray_link(file)
             shutil.copyfile(file, folder / file.name)
 
