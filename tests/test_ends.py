@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from layout_tools import tensors, write
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import taia
+from taia.kinds import Address, Kind
+from taia.plan import strengths_of
+from taia.selection import Selection
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -117,3 +121,55 @@ def test_a_width_that_differs_is_no_resized_vocabulary(pair, tmp_path):
         taia.plan(base, tuned, "all").refuse_faults()
     assert "resized" not in str(caught.value)
     assert f"{EMBEDDING}: shapes differ" in str(caught.value)
+
+
+@pytest.mark.parametrize("tied_side", ["base", "tuned"])
+@pytest.mark.parametrize("keep", ["all", "none", "attention", "attention + head"])
+def test_configs_that_disagree_on_a_head_that_both_store(
+    tied_and_untied, tmp_path, tied_side, keep
+):
+    """Many loaders pass over a head that a config ties: the output's must not tie it."""
+    tied, _, _, untied = tied_and_untied
+    head = tensors(tied)[EMBEDDING]
+    both = write(tmp_path / "both", {**tensors(tied), HEAD: head}, tied)
+    base, tuned = (both, untied) if tied_side == "base" else (untied, both)
+    taia.splice(base, tuned, tmp_path / "out", keep=keep)
+    taia.verify(tmp_path / "out")
+    assert config(tmp_path / "out")["tie_word_embeddings"] is False
+    side = tuned if keep in ("all", "attention + head") else base
+    assert torch.equal(tensors(tmp_path / "out")[HEAD], tensors(side)[HEAD])
+    whole = {"all": tuned, "none": base}.get(keep)
+    if whole:
+        assert torch.equal(logits(tmp_path / "out"), logits(whole))
+
+
+def test_only_a_head_of_the_language_model_is_no_tie():
+    speech = Address(Kind.HEAD, None, None, "generator")
+    words = Address(Kind.EMBEDDING, None, None, "language")
+    there = {"speech": speech, "words": words}
+    base = SimpleNamespace(text="base")
+    assert strengths_of(base, there, Selection.parse("all - head"))[2]
+    assert not strengths_of(base, there, Selection.parse("all - head@generator"))[2]
+
+
+def test_a_decoder_that_is_deeper_than_its_encoder_lacks_nothing(tmp_path):
+    """The number of layers that counts is its own; those behind the encoder's are loaded."""
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "vocab_size": 32}
+    made = AutoConfig.for_model("t5", num_layers=1, num_decoder_layers=3, **sizes)
+    AutoModelForSeq2SeqLM.from_config(made).save_pretrained(tmp_path / "base")
+    state = tensors(tmp_path / "base")
+    less = {name: tensor for name, tensor in state.items() if "decoder.block.2." not in name}
+    write(tmp_path / "less", less, tmp_path / "base")
+    faults = taia.plan(tmp_path / "base", tmp_path / "less", "attention").faults
+    assert len(faults) == len(state) - len(less) > 0
+
+
+def test_settings_that_differ_are_told(pair, tmp_path):
+    base, tuned = pair("llama")
+    state = tensors(tuned)
+    other = write(tmp_path / "other", state, tuned, hidden_act="gelu", pad_token_id=3)
+    (note,) = taia.plan(base, other, "attention").notes
+    assert "hidden_act ('silu' and 'gelu')" in note
+    assert "pad_token_id" not in note
+    assert taia.plan(base, other, "all").notes == ()
+    assert taia.plan(base, tuned, "attention").notes == ()

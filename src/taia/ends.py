@@ -38,7 +38,10 @@ BUFFERS = (
 The causal mask has the name of a bias; its four dimensions tell it from one.
 """
 
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers",
+          "num_layers")  # fmt: skip
+"""Where configs state the layers of the language tower; a decoder's own number comes first."""
+
 NAMED_AT_ONCE = 4
 """Names that a note lists before it only counts."""
 

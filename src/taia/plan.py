@@ -11,11 +11,12 @@ that would give the two different ones is a fault.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
+from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import SourceError
@@ -26,6 +27,7 @@ from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+from taia.ties import stated_tie
 
 if TYPE_CHECKING:  # what reads adapters is loaded for adapters only
     from taia.adapter import Adapter
@@ -116,11 +118,14 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
             stored = other if origin is Origin.TUNED else tensor
             decisions.append(_decision(stored, address, origin, strength))
     ends = [address for address in strengths if address.kind in ENDS]
-    stored_heads = any(a.kind is Kind.HEAD and a.tower == "language" for a in addresses.values())
     changed = changed or len({strengths[address] for address in ends}) > 1
+    changed = changed or stated_tie(base.config) != stated_tie(tuned.config)
+    if any(decision.source is not Origin.TUNED for decision in decisions):
+        told += config_notes(base, tuned)
+    untied = changed and has_head(addresses.values())
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
-        notes=tuple(notes + told), config=tie_setting(tuned, untied=stored_heads and changed),
+        notes=tuple(notes + told), config=tie_setting(tuned, untied=untied),
     )  # fmt: skip
 
 
@@ -177,8 +182,12 @@ def _unplaced(name: str) -> str:
 def _is_tied(base: Checkpoint, tensor: Tensor, addresses: Collection[Address]) -> bool:
     """Whether `tensor` is the token embedding of a base that stores no head of its own."""
     words = base.config.get("vocab_size", text_config(base.config).get("vocab_size", 0))
-    heads = any(address.kind is Kind.HEAD for address in addresses)
-    return not heads and tensor.shape[:1] == (words,)
+    return not has_head(addresses) and tensor.shape[:1] == (words,)
+
+
+def has_head(addresses: Iterable[Address]) -> bool:
+    """Whether an output head of the language model is stored."""
+    return any(a.kind is Kind.HEAD and a.tower == "language" for a in addresses)
 
 
 def stored_name(base: Checkpoint, name: str) -> str:
@@ -209,7 +218,7 @@ def strengths_of(
     """
     there = list(dict.fromkeys(addresses.values()))
     embedding = next((a for a in there if a.kind is Kind.EMBEDDING and a.tower == "language"), None)
-    tied = embedding is not None and all(a.kind is not Kind.HEAD for a in there)
+    tied = not has_head(there)
     if embedding is None or not tied:
         return (*part_strengths(selection, there), [])
     head = dataclasses.replace(embedding, kind=Kind.HEAD)

@@ -15,7 +15,7 @@ from taia.checkpoint import Tensor
 from taia.compare import Pair, differing
 from taia.kinds import Kind, classify_all
 
-__all__ = ["tie_faults"]
+__all__ = ["stated_tie", "tie_faults"]
 
 HEADED = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 """How the names of models end that have a head over the vocabulary."""
@@ -26,7 +26,7 @@ def tie_faults(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
 
     Raises KindError for tensors that the table does not know.
     """
-    tied, model_type = _stated(config), config.get("model_type")
+    tied, model_type = stated_tie(config), config.get("model_type")
     if tied is None or not isinstance(model_type, str):
         return []
     addresses = classify_all(tensors, model_type, config)
@@ -52,7 +52,7 @@ def tie_faults(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     ]
 
 
-def _stated(config: Mapping[str, Any]) -> bool | None:
+def stated_tie(config: Mapping[str, Any]) -> bool | None:
     """`tie_word_embeddings`, of the model or of its text part; None where it is not stated."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
