@@ -66,6 +66,7 @@ class Cell:
     base: str
     train_data: str | None
     fisher_data: str | None
+    validation: str | None
     eval_data: str | None
     change: str
 
@@ -162,6 +163,7 @@ def _cell(recipe: Recipe, beside: Path, out: Path) -> Cell:
         base=place(recipe.base, beside),
         train_data=place(train.data, beside) if train else None,
         fisher_data=place(train.fisher_data, beside) if train and train.fisher_data else None,
+        validation=place(train.validation, beside) if train and train.validation else None,
         eval_data=str(beside / place(data, beside)) if data is not None else None,
         change=place(given, beside) if given else str(out / "train"),
     )
@@ -183,6 +185,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     from taia.evaluation.variants import find_change, identity, parse_variants
     from taia.sources import resolve
     from taia.training.data import digest, read_chats
+    from taia.training.loop import check_trackers
     from taia.training.settings import Settings
 
     stated = cell.recipe
@@ -197,6 +200,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     if stated.train is not None:
         assert cell.train_data is not None
         options = _training_options(cell)
+        check_trackers(options.pop("report_to"))
         if options.pop("save_steps") < 1:
             raise RecipeError("train.save_steps: at least 1 is needed")
         Settings(base=cell.base, data=cell.train_data, **options).check()
@@ -205,6 +209,9 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
         if cell.fisher_data is not None:
             chats = read_chats(cell.fisher_data, max_examples=stated.train.fisher_examples)
             inputs["fisher data"] = digest(cell.fisher_data, chats)
+        if cell.validation is not None:
+            chats = read_chats(cell.validation)
+            inputs["validation data"] = digest(cell.validation, chats)
     else:
         form = {"adapter": cell.change if cell.is_adapter else None}
         form["tuned"] = None if cell.is_adapter else cell.change
@@ -319,7 +326,8 @@ def _training_options(cell: Cell) -> dict[str, Any]:
     options = cell.recipe.train.model_dump(exclude={"data"})
     if options["seed"] is None:
         options["seed"] = cell.recipe.seed
-    return options | {"fisher_data": cell.fisher_data, "penalty": options["penalty"] or {}}
+    places = {"fisher_data": cell.fisher_data, "validation": cell.validation}
+    return options | places | {"penalty": options["penalty"] or {}}
 
 
 def _differences(lock: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -66,8 +66,12 @@ class Train(_Part):
     scheduler: str = "cosine"
     weight_decay: float = 0.0
     max_examples: int | None = None
+    validation: str | None = None
+    validate_steps: int = 100
+    patience: int | None = None
     dtype: str = "bfloat16"
     save_steps: int = 100
+    report_to: tuple[str, ...] = ()
     seed: int | None = None
 
 

@@ -71,6 +71,13 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
     add("--max-examples", type=int, help="take the first so many examples")
+    add("--validation", help="chats on which to take the loss; the best checkpoint is kept")
+    add("--validate-steps", type=int, default=100, help="steps between (default: 100)")
+    add("--patience", type=int, help="stop after so many in a row without a better loss")
+    add(
+        "--report-to", metavar="TRACKERS", type=split_list, default=[],
+        help="tensorboard, trackio, wandb, ...: trackers of transformers, separated by commas",
+    )  # fmt: skip
     add("--save-steps", type=int, default=100, help="steps between checkpoints (default: 100)")
     _add_seed(parser)
     add("--resume", action="store_true", help="continue where it stopped")
@@ -143,7 +150,9 @@ def _train_options(options: argparse.Namespace) -> TrainResult:
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
         batch_size=options.batch_size, max_length=options.max_length, dtype=options.dtype,
-        max_examples=options.max_examples, save_steps=options.save_steps, seed=options.seed,
+        max_examples=options.max_examples, save_steps=options.save_steps,
+        validation=options.validation, validate_steps=options.validate_steps,
+        patience=options.patience, report_to=options.report_to, seed=options.seed,
         resume=options.resume, overwrite=options.overwrite,
     )  # fmt: skip
 

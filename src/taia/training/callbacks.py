@@ -21,21 +21,23 @@ from typing import TYPE_CHECKING, Any
 from taia.errors import DataError, TaiaError
 from taia.files import atomic_write
 from taia.training.ranks import any_of
+from taia.training.validation import LOSS
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["Interrupt", "LogLine", "Recorder", "as_callback", "progress_bar", "read_log"]
+__all__ = ["Interrupt", "LogLine", "Recorder", "progress_bar", "read_log", "recording", "watching"]
 
 LogLine = Mapping[str, float]
 """One line of log.jsonl: step, steps, loss, learning_rate, grad_norm, epoch, tokens, seconds,
-tokens_per_second; with penalties or experts also what `taia.training.objective` tells."""
+tokens_per_second; where one was taken, validation_loss; with penalties or experts also what
+`taia.training.objective` tells."""
 
 KNOWN = ("loss", "learning_rate", "grad_norm", "epoch")
 
 
 class Recorder:
-    """Writes log.jsonl and tells `on_progress`; stops the run when the loss is not a number."""
+    """Writes log.jsonl and tells `on_progress`."""
 
     def __init__(
         self,
@@ -62,13 +64,8 @@ class Recorder:
         self.start = self.last = time.monotonic()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the line of one step. Raises TaiaError for a loss that is not finite."""
+        """Write the line of one step."""
         loss, norm = float(values["loss"]), float(values.get("grad_norm", 0.0))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TaiaError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; training cannot go "
-                "on from there. Lower the learning rate, or train in float32, and start again"
-            )
         now = time.monotonic()
         before = self.tokens[step - 2] if step > 1 else 0
         line = {
@@ -91,6 +88,23 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
         if self.on_progress is not None:
             self.on_progress(line)
+
+    def validated(self, loss: float) -> None:
+        """Add the validation loss to the line of the last step."""
+        self.lines[-1] = {**self.lines[-1], "validation_loss": loss}
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def refuse_broken(step: int, values: Mapping[str, float], batch: Sequence[str]) -> None:
+    """Raise TaiaError for a loss or gradient that is not finite; `batch`: where it was read."""
+    loss, norm = float(values["loss"]), float(values.get("grad_norm", 0.0))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TaiaError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}; training cannot go "
+            "on from there. Lower the learning rate, or train in float32, and start again; or look "
+            "at the examples of this step",
+            batch,
+        )
 
 
 class Interrupt:
@@ -123,16 +137,39 @@ class Interrupt:
             give_back()
 
 
-def as_callback(recorder: Recorder | None, interrupt: Interrupt) -> TrainerCallback:
-    """A Trainer callback that feeds `recorder` and obeys `interrupt`."""
+def recording(recorder: Recorder) -> TrainerCallback:
+    """A Trainer callback that feeds `recorder`."""
+    from transformers import TrainerCallback
+
+    class Record(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            recorder.begin()
+
+        def on_log(
+            self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any
+        ) -> None:
+            if "loss" in logs:
+                recorder.log(state.global_step, logs)
+
+        def on_evaluate(
+            self, _args: Any, _state: Any, _control: Any, metrics: Mapping[str, float], **_: Any
+        ) -> None:
+            recorder.validated(metrics[LOSS])
+
+    return Record()
+
+
+def watching(interrupt: Interrupt, batch_of: Callable[[int], Sequence[str]]) -> TrainerCallback:
+    """A Trainer callback that obeys `interrupt` and stops at a broken loss; for every process.
+
+    `batch_of` tells where the examples of a step were read.
+    """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            if recorder is not None:
-                recorder.begin()
-
-        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if args.do_eval and state.global_step >= state.max_steps:
+                control.should_evaluate = True  # the last step may be the best one
             interrupt.asked = any_of(interrupt.asked)  # or the others would wait for ever
             if interrupt.asked:
                 control.should_save = control.should_training_stop = True
@@ -140,8 +177,8 @@ def as_callback(recorder: Recorder | None, interrupt: Interrupt) -> TrainerCallb
         def on_log(
             self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any
         ) -> None:
-            if recorder is not None and "loss" in logs:
-                recorder.log(state.global_step, logs)
+            if "loss" in logs:
+                refuse_broken(state.global_step, logs, batch_of(state.global_step))
 
     return Watch()
 

@@ -70,11 +70,12 @@ class Example(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What is trained on, and what became of the rest."""
+    """What is trained on, and what became of the rest. `where` each example was read."""
 
     examples: tuple[Example, ...]
     truncated: int
     dropped: int
+    where: tuple[str, ...] = ()
 
 
 def read_chats(source: str | Path, *, max_examples: int | None = None) -> list[Chat]:
@@ -119,6 +120,7 @@ def encode_all(
 ) -> Encoded:
     """Every chat encoded; those without a labelled token left are dropped and counted."""
     examples: list[Example] = []
+    where: list[str] = []
     truncated = dropped = 0
     for chat in chats:
         example = encode(chat, tokenizer, max_length + 1)
@@ -129,12 +131,13 @@ def encode_all(
             continue
         truncated += len(example["input_ids"]) > max_length
         examples.append({"input_ids": ids, "labels": labels})
+        where.append(chat.where)
     if not examples:
         raise DataError(
             f"none of the {dropped} examples has an assistant token within {max_length} tokens; "
             "raise max_length or shorten the prompts"
         )
-    return Encoded(tuple(examples), truncated, dropped)
+    return Encoded(tuple(examples), truncated, dropped, tuple(where))
 
 
 def digest(source: str | Path, chats: Iterable[Chat]) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,10 +32,10 @@ from taia.load import load_tokenizer, quiet_transformers, require_chat_template
 from taia.sources import resolve
 from taia.training import folder
 from taia.training.batches import training_order
-from taia.training.callbacks import Interrupt, LogLine, Recorder, as_callback, progress_bar
+from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
 from taia.training.data import Encoded, digest, encode_all, read_chats
 from taia.training.device import Device, choose_device
-from taia.training.loop import make_trainer, run_trainer
+from taia.training.loop import check_trackers, make_trainer, run_trainer
 from taia.training.ranks import is_first, on_first
 from taia.training.ready import Ready, make_ready
 from taia.training.settings import Settings
@@ -84,6 +84,9 @@ def finetune(
     weight_decay: float = 0.0,
     seed: int = 0,
     max_examples: int | None = None,
+    validation: str | Path | None = None,
+    validate_steps: int = 100,
+    patience: int | None = None,
     dtype: str = "bfloat16",
     experts: int = 4,
     experts_per_token: int = 1,
@@ -93,6 +96,7 @@ def finetune(
     fisher_data: str | Path | None = None,
     fisher_examples: int = 64,
     save_steps: int = 100,
+    report_to: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[LogLine], None] | None = None,
@@ -101,12 +105,13 @@ def finetune(
 
     `train` is a selection: which linear layers get LoRA, or which parameters are
     trained with method `full`. The other settings: `taia.training.settings`.
+    `report_to` names trackers of transformers' Trainer, such as tensorboard, trackio, wandb.
     `resume` goes on with a stopped run (or starts one, or returns a finished one);
     `overwrite` replaces a folder. `on_progress` is called with every log line.
 
     Raises RecipeError, DataError, SourceError, CheckpointError or OutputError before
     anything is written, TaiaError when the loss is not a number, KeyboardInterrupt
-    after Ctrl-C, once a checkpoint is saved.
+    after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     settings = Settings(
         base=str(base),
@@ -127,6 +132,9 @@ def finetune(
         weight_decay=weight_decay,
         seed=seed,
         max_examples=max_examples,
+        validation=None if validation is None else str(validation),
+        validate_steps=validate_steps,
+        patience=patience,
         dtype=dtype,
         experts=experts,
         experts_per_token=experts_per_token,
@@ -139,20 +147,23 @@ def finetune(
     settings.check()
     if save_steps < 1:
         raise RecipeError(f"save_steps is {save_steps}: at least 1 is needed")
+    check_trackers(report_to)
     target = Path(out).expanduser()
     done = on_first(lambda: folder.check(target, settings, resume=resume, overwrite=overwrite))
     if done is not None:
         chats = read_chats(settings.data, max_examples=settings.max_examples)
         if digest(settings.data, chats) != done["data"]["sha256"]:
-            raise folder.other_data(target, settings)
+            raise folder.other_data(target, settings.data)
         return _result(target, done)
     run = _prepare(settings)
     name = run.ready.fisher_name
     checkpoint = on_first(
-        lambda: folder.start(target, settings, run.digest, resume=resume, fisher=name)
+        lambda: folder.start(
+            target, settings, run.digest, resume=resume, fisher=name, validation=run.validation_id
+        )
     )
     try:
-        return _train(run, target, checkpoint, save_steps, on_progress)
+        return _train(run, target, checkpoint, save_steps, report_to, on_progress)
     except OSError as error:
         raise OutputError(f"{target}: writing failed; mend it and resume: {error}") from error
 
@@ -167,11 +178,18 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     data: Encoded
     digest: str
+    validation: Encoded | None
+    validation_id: str | None
     order: list[int]
 
     @property
     def steps(self) -> int:
         return -(-len(self.order) // self.settings.batch_size)
+
+    def read_at(self, step: int) -> list[str]:
+        """Where the examples of a step were read."""
+        size = self.settings.batch_size
+        return [self.data.where[number] for number in self.order[(step - 1) * size : step * size]]
 
     def tokens(self) -> list[int]:
         """Tokens trained on up to and with every step."""
@@ -191,6 +209,11 @@ def _prepare(settings: Settings) -> _Run:
     require_chat_template(tokenizer, settings.base)
     data = encode_all(chats, tokenizer, settings.max_length)
     lengths = [len(example["input_ids"]) for example in data.examples]
+    validation = validation_id = None
+    if settings.validation is not None:
+        held_out = read_chats(settings.validation)
+        validation = encode_all(held_out, tokenizer, settings.max_length)
+        validation_id = digest(settings.validation, held_out)
     total = settings.total(len(lengths))
     ready = make_ready(settings, source.form, tokenizer)
     return _Run(
@@ -200,6 +223,8 @@ def _prepare(settings: Settings) -> _Run:
         tokenizer=tokenizer,
         data=data,
         digest=digest(settings.data, chats),
+        validation=validation,
+        validation_id=validation_id,
         order=training_order(lengths, settings.batch_size, total, settings.seed),
     )
 
@@ -209,6 +234,7 @@ def _train(
     out: Path,
     checkpoint: Path | None,
     save_steps: int,
+    report_to: Sequence[str],
     on_progress: Callable[[LogLine], None] | None,
 ) -> TrainResult:
     interrupt, recorder = Interrupt(), None
@@ -234,8 +260,12 @@ def _train(
             padding=run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
             save_steps=save_steps,
             additions=run.ready.additions,
+            validation=run.validation.examples if run.validation else (),
+            report_to=report_to,
         )
-        trainer.add_callback(as_callback(recorder, interrupt))
+        trainer.add_callback(watching(interrupt, run.read_at))
+        if recorder is not None:
+            trainer.add_callback(recording(recorder))
         run_trainer(trainer, checkpoint)
         if interrupt.asked:
             raise KeyboardInterrupt(
@@ -243,13 +273,16 @@ def _train(
                 f"{out} can be resumed from there"
             )
         finished = _finished(run, out, trainer)
-        return _result(out, on_first(lambda: _publish(run, recorder, out, finished)))
+        best = trainer.state.best_global_step
+        return _result(out, on_first(lambda: _publish(run, recorder, best, out, finished)))
 
 
-def _publish(run: _Run, recorder: Recorder | None, out: Path, finished: Path) -> dict[str, Any]:
+def _publish(
+    run: _Run, recorder: Recorder | None, best: int | None, out: Path, finished: Path
+) -> dict[str, Any]:
     """The finished files in their place; what train.json says. Of the first process alone."""
     assert recorder is not None
-    record = _record(run, recorder)
+    record = _record(run, recorder, best)
     folder.publish(out, finished, record)
     return record
 
@@ -282,9 +315,13 @@ def _finished(run: _Run, out: Path, trainer: Trainer) -> Path:
     return finished
 
 
-def _record(run: _Run, recorder: Recorder) -> dict[str, Any]:
-    """What train.json says."""
+def _record(run: _Run, recorder: Recorder, best: int | None) -> dict[str, Any]:
+    """What train.json says. `best`: the step with the lowest validation loss, if one was taken."""
     settings, last = run.settings, recorder.lines[-1]
+    chosen = {}
+    if best is not None:
+        loss = recorder.lines[best - 1]["validation_loss"]
+        chosen = {"best": {"step": best, "validation_loss": loss}}
     return {
         "base": settings.base,
         "method": settings.method,
@@ -299,7 +336,8 @@ def _record(run: _Run, recorder: Recorder) -> dict[str, Any]:
         "settings": asdict(settings),
         **run.ready.facts,
         **run.device.facts(),
-        "steps": run.steps,
+        **chosen,
+        "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
         "seconds": last["seconds"],
         "final_loss": last["loss"],

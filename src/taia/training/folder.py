@@ -34,6 +34,7 @@ RECORD = "train.json"
 SETTINGS = "settings.json"
 DIGEST = "sha256 of the data"
 FISHER = "fisher information"
+VALIDATION = "sha256 of the validation data"
 
 COMPLETE = ("trainer_state.json", "scheduler.pt")
 """The Trainer writes the first of them last of all, and the optimizer, in a form that depends on
@@ -70,16 +71,24 @@ def check(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> di
 
 
 def start(
-    out: Path, settings: Settings, digest: str, *, resume: bool, fisher: str | None = None
+    out: Path,
+    settings: Settings,
+    digest: str,
+    *,
+    resume: bool,
+    fisher: str | None = None,
+    validation: str | None = None,
 ) -> Path | None:
     """Make the folder ready; the checkpoint to go on from, if resuming and there is one.
 
-    `digest` is that of the data, `fisher` names the Fisher information by its content. Raises
-    RecipeError when one was another before.
+    `digest` is that of the data, `validation` that of the validation data, `fisher` names the
+    Fisher information by its content. Raises RecipeError when one was another before.
     """
     before = read_json(out / SETTINGS) if resume and (out / SETTINGS).is_file() else {}
     if before.get(DIGEST, digest) != digest:
-        raise other_data(out, settings)
+        raise other_data(out, settings.data)
+    if before.get(VALIDATION, validation) != validation:
+        raise other_data(out, settings.validation)
     if before.get(FISHER, fisher) != fisher:
         raise RecipeError(
             f"{out}: was started with another Fisher information: the base or "
@@ -90,17 +99,17 @@ def start(
         if not resume and out.exists():
             shutil.rmtree(out)  # empty, or the user asked for it: `check` saw to that
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        stored = asdict(settings) | {DIGEST: digest, FISHER: fisher}
+        stored = asdict(settings) | {DIGEST: digest, FISHER: fisher, VALIDATION: validation}
         atomic_write(out / SETTINGS, json.dumps(stored, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     return _last_checkpoint(out) if resume else None
 
 
-def other_data(out: Path, settings: Settings) -> RecipeError:
+def other_data(out: Path, data: str | None) -> RecipeError:
     """The error of a run whose data is not what it was."""
     return RecipeError(
-        f"{out}: was started with other data: {settings.data} has changed since. Start anew in "
+        f"{out}: was started with other data: {data} has changed since. Start anew in "
         "another folder or with --overwrite"
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from taia.errors import RecipeError
+from taia.errors import RecipeError, nearest
 from taia.training.batches import collate, micro_batch
 from taia.training.data import Example
 from taia.training.device import choose_device
@@ -16,11 +18,29 @@ from taia.training.objective import Additions, make_trainer_class
 from taia.training.ranks import rank, world
 from taia.training.settings import Settings
 from taia.training.spans import IGNORED
+from taia.training.validation import LOSS, make_validating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-__all__ = ["make_trainer", "run_trainer"]
+__all__ = ["check_trackers", "make_trainer", "run_trainer"]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker that transformers does not know, or is not installed."""
+    if not names:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    there, known = get_available_reporting_integrations(), sorted(INTEGRATION_TO_CALLBACK)
+    faults = [
+        f"{name}: its package is not installed" if name in known
+        else f"{name!r}: not known; there are {', '.join(known)}" + nearest(name, known)
+        for name in names if name not in there
+    ]  # fmt: skip
+    if faults:
+        raise RecipeError("report_to: this run cannot be reported there", faults)
 
 
 def make_trainer(
@@ -32,22 +52,34 @@ def make_trainer(
     padding: int,
     save_steps: int,
     additions: Additions,
+    validation: Sequence[Example] = (),
+    report_to: Sequence[str] = (),
 ) -> Trainer:
     """A Trainer that goes through `examples` once, in the order given.
 
     `padding`: the token id that fills short rows. `additions`: what the loss has beside the
-    task's. Raises RecipeError when the batch cannot be shared out among the processes.
+    task's. With `validation` the best checkpoint is loaded at the end. `report_to`: the Trainer's
+    trackers. Raises RecipeError when the batch cannot be shared out among the processes.
     """
-    from transformers import set_seed
+    from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
 
     examples = _filled(examples, settings.batch_size, padding)
-    trainer = make_trainer_class(additions)(
-        model=model,
-        args=_arguments(model, examples, settings, checkpoints, save_steps),
-        train_dataset=examples,
-        data_collator=functools.partial(collate, padding=padding),
-    )
+    kind = make_trainer_class(additions)
+    arguments = _arguments(model, examples, settings, checkpoints, save_steps)
+    arguments.report_to = list(report_to)
+    if validation:
+        kind = make_validating(kind, validation, padding)
+    with _tensorboard_in(checkpoints.parent / "tensorboard"):
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=validation or None,
+            data_collator=functools.partial(collate, padding=padding),
+        )
+    if settings.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
     trainer.remove_callback(PrinterCallback)
     if rank():
         set_seed(settings.seed + rank())  # else all processes would drop out the same places
@@ -79,6 +111,17 @@ def _arguments(
     device = choose_device(settings, model)
     part, parts = _shares(model, examples, settings)
     steps = math.ceil(len(examples) / settings.batch_size)
+    validated: dict[str, Any] = {}
+    if settings.validation is not None:
+        save_steps = settings.validate_steps
+        validated = {
+            "eval_strategy": "steps",
+            "eval_steps": save_steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": LOSS,
+            "greater_is_better": False,
+            "restore_callback_states_from_checkpoint": settings.patience is not None,
+        }
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=1,  # `examples` holds all of them
@@ -104,10 +147,25 @@ def _arguments(
         disable_tqdm=True,
         report_to="none",
         ddp_find_unused_parameters=False,
+        **validated,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else torch.DataParallel; several devices are accelerate's business
     return arguments
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """TensorBoard's files there, not among the checkpoints; unless the user named a place."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _filled(examples: Sequence[Example], batch_size: int, padding: int) -> Sequence[Example]:

@@ -31,6 +31,9 @@ class Settings:
     how likely a token cannot take an expert. `penalty` has strengths of `l2`, `ewc` and `kl`
     (`taia.training.penalties`); EWC is estimated on the first `fisher_examples` chats of
     `fisher_data`.
+
+    Every `validate_steps` the loss on the chats of `validation` is taken, and a checkpoint made;
+    the best one is the outcome. `patience`: stop after so many in a row without a better one.
     """
 
     base: str
@@ -58,11 +61,15 @@ class Settings:
     weight_decay: float = 0.0
     seed: int = 0
     max_examples: int | None = None
+    validation: str | None = None
+    validate_steps: int = 100
+    patience: int | None = None
     dtype: str = "bfloat16"
 
     def check(self) -> None:
         """Raise RecipeError with every setting that states nothing runnable."""
         faults = [*self._words(), *self._numbers(), *self._experts(), *self._penalties()]
+        faults += self._validation()
         try:
             if not Selection.parse(self.train).terms:
                 faults.append(f"train {self.train!r}: selects nothing to train")
@@ -97,7 +104,8 @@ class Settings:
 
     def _numbers(self) -> list[str]:
         positive = ["rank", "alpha", "learning_rate", "epochs", "batch_size", "fisher_examples"]
-        optional = ["max_steps", "max_examples", "per_device_batch_size"]
+        positive.append("validate_steps")
+        optional = ["max_steps", "max_examples", "per_device_batch_size", "patience"]
         positive += [name for name in optional if getattr(self, name) is not None]
         faults = [
             f"{name} is {getattr(self, name)}: it must be above 0 and finite"
@@ -141,6 +149,16 @@ class Settings:
                 "experts there are"
             ]
         return []
+
+    def _validation(self) -> list[str]:
+        if self.validation is not None:
+            return []
+        named = ("validate_steps", "patience")
+        return [
+            f"{one.name} needs validation: chats on which to take the loss"
+            for one in fields(self)
+            if one.name in named and getattr(self, one.name) != one.default
+        ]
 
     def _penalties(self) -> list[str]:
         faults = [
