@@ -182,6 +182,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     """What goes in, by name, as a hash. Raises for anything that a later stage would refuse."""
     from taia.evaluation.catalogue import find_tasks
     from taia.evaluation.harness import check_options
+    from taia.evaluation.loracl import LORACL
     from taia.evaluation.variants import find_change, identity, parse_variants
     from taia.sources import resolve
     from taia.training.data import digest, read_chats
@@ -196,7 +197,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     )  # fmt: skip
     inputs = {"base": identity(resolve(cell.base))}
     variants = parse_variants(stated.evaluate.variants)
-    _check_selections(cell, [variant.selection for variant in variants])
+    _check_selections(cell, [one.selection for one in variants if one.selection != LORACL])
     if stated.train is not None:
         assert cell.train_data is not None
         options = _training_options(cell)

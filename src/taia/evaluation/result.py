@@ -258,8 +258,11 @@ def mending_command(settings: Settings, folder: Path) -> str:
 
 def _variant_text(variant: Variant) -> str:
     """How the variant is asked for: by its name where that says it all, else NAME=SELECTION."""
+    from taia.evaluation.loracl import LORACL
     from taia.selection import Selection
 
+    if variant.name == variant.selection == LORACL:
+        return LORACL
     with contextlib.suppress(SelectionError):
         if str(Selection.parse(variant.name)) == variant.selection:
             return variant.name

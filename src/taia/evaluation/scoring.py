@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["score", "wrap"]
+__all__ = ["padded", "score", "wrap"]
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """lm-eval's: (prompt and choice as texts, prompt's tokens, choice's tokens)."""
@@ -39,13 +39,19 @@ Answer = tuple[float, bool]
 OUT_OF_MEMORY = "the memory does not suffice; use a smaller --batch-size"
 
 
-def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
+def wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    change: Callable[[type[HFLM]], type[HFLM]] = lambda usual: usual,
+) -> HFLM:
     """lm-eval's view of a model in memory; no weight is copied.
 
-    `batch_size` counts (prompt, choice) pairs. The model may change under it (attach).
+    `batch_size` counts (prompt, choice) pairs. The model may change under it (attach). `change`
+    makes another class of the usual one.
     """
     with quiet_lm_eval():
-        return _wrapper_class()(
+        return change(_wrapper_class())(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
         )
 
@@ -202,8 +208,8 @@ def shared_prompt_scores(
 
     prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in pairs))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    heads, head_mask = _padded([prompt[:-1] for prompt in prompts], device)
-    tails, tail_mask = _padded([(prompt[-1], *choice[:-1]) for prompt, choice in pairs], device)
+    heads, head_mask = padded([prompt[:-1] for prompt in prompts], device)
+    tails, tail_mask = padded([(prompt[-1], *choice[:-1]) for prompt, choice in pairs], device)
     rows = torch.tensor([row_of[tuple(prompt)] for prompt, _ in pairs], device=device)
     first = torch.tensor([len(prompt) - 1 for prompt, _ in pairs], device=device)
     keep_one = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
@@ -250,7 +256,7 @@ def _batches(requests: Sequence[Request], indices: Sequence[int], size: int) -> 
         yield batch
 
 
-def _padded(
+def padded(
     sequences: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids padded on the right with 0, and the mask: both (sequences, longest), int64."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.errors import EvaluationError
+from taia.evaluation.loracl import LORACL, choosing
 from taia.evaluation.result import Variant, variant_folder
 from taia.load import load_model, load_tokenizer, materialise, require_chat_template
 from taia.selection import PRESETS, Selection
@@ -39,7 +40,7 @@ VARIANTS = ("base", "vanilla", "taia", "taif")
 
 
 def parse_variants(texts: Sequence[str]) -> tuple[Variant, ...]:
-    """Presets, selections and NAME=SELECTION as variants.
+    """Presets, selections, NAME=SELECTION and loracl as variants.
 
     Raises SelectionError for a selection that does not parse, EvaluationError for a name
     given twice or a preset's name with another selection.
@@ -48,11 +49,14 @@ def parse_variants(texts: Sequence[str]) -> tuple[Variant, ...]:
     faults: list[str] = []
     for text in texts:
         name, equals, selection = (part.strip() for part in text.partition("="))
-        parsed = str(Selection.parse(selection if equals else name))
+        stated = selection if equals else name
+        parsed = LORACL if stated == LORACL else str(Selection.parse(stated))
         if equals and not name:
             faults.append(f"{text!r}: no name stands before the =")
         if name in PRESETS and parsed != str(Selection.parse(PRESETS[name])):
             faults.append(f"{text!r}: the preset {name} is {PRESETS[name]!r}; choose another name")
+        if name == LORACL and parsed != LORACL:
+            faults.append(f"{text!r}: {LORACL} is a variant of its own; choose another name")
         if name in {variant.name for variant in variants}:
             faults.append(f"{name!r}: named twice")
         variants.append(Variant(name, parsed, variant_folder(name)))
@@ -82,6 +86,11 @@ def find_change(
                 "--adapter or --tuned, or evaluate --variants base"
             )
         return None
+    if adapter is None and any(one.selection == LORACL for one in variants):
+        raise EvaluationError(
+            f"{text}: {LORACL} switches an adapter on and off, prompt by prompt; a tuned "
+            "checkpoint has nothing to switch. `taia splice --extract RANK` makes an adapter of it"
+        )
     source = resolve(text)
     if adapter is not None and source.form is not Form.ADAPTER:
         raise EvaluationError(f"{text}: not an adapter but a whole model; give it with --tuned")
@@ -125,6 +134,10 @@ def variant_models(
         live = attach(load(base), change.path)
         lm = wrap(live.model, tokenizer, batch_size)
         for variant in variants:
+            if variant.selection == LORACL:
+                change_class = functools.partial(choosing, live.using)
+                yield variant, wrap(live.model, tokenizer, batch_size, change_class)
+                continue
             with live.using(variant.selection):
                 yield variant, lm
         return

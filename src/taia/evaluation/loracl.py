@@ -1,0 +1,107 @@
+"""LoRACL: the model whose loss on the prompt is lower answers, base or tuned (arXiv 2405.20192).
+
+Per prompt, the mean negative log-likelihood of its tokens (all but the first, chat template
+included) is taken under both; a prompt that both find equally likely goes to the base. With an
+adapter both are one set of weights, switched for a whole batch of prompts at a time.
+
+Limits: an adapter only; two checkpoints would have to be in memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel
+
+__all__ = ["LORACL", "choosing", "prompt_losses"]
+
+LORACL = "loracl"
+"""The variant's name, which also stands where others have their selection."""
+
+LOGITS = 2**27
+"""Logits at once, prompts x length x vocabulary: 0.25 GiB in bfloat16."""
+
+
+def prompt_losses(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device
+) -> list[float]:
+    """The mean negative log-likelihood (nats) of the tokens of each prompt after its first.
+
+    Float32 over logits in the model's dtype. A prompt of one token has a loss of 0.
+    """
+    import torch
+
+    from taia.evaluation.scoring import padded
+
+    losses = [0.0] * len(prompts)
+    vocabulary = model.config.get_text_config().vocab_size
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    while order:
+        rows = max(1, LOGITS // (len(prompts[order[-1]]) * vocabulary))
+        batch, order = order[-rows:], order[:-rows]
+        ids, mask = padded([prompts[number] for number in batch], device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for row, number in enumerate(batch):  # one by one: all in float32 are large
+                length = len(prompts[number])
+                if length > 1:
+                    losses[number] = float(
+                        torch.nn.functional.cross_entropy(
+                            logits[row, : length - 1].float(), ids[row, 1:length]
+                        )
+                    )
+    return losses
+
+
+def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HFLM]) -> type[HFLM]:
+    """A model wrapper like `usual` that switches by LoRACL; `using` is that of `taia.attach`."""
+
+    class Choosing(usual):  # type: ignore[misc]
+        on_progress: Callable[[int, int], None] | None
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], *rest: Any, **options: Any
+        ) -> list[Any]:
+            tuned, told = self.tuned(requests), self.on_progress
+            answers: dict[int, Any] = {}
+            for keep, wanted in (("none", False), ("all", True)):
+                chosen = [index for index, one in enumerate(tuned) if one is wanted]
+                self.on_progress = _further(told, len(answers), len(requests))
+                try:
+                    with using(keep):
+                        asked = [requests[index] for index in chosen]
+                        part = super()._loglikelihood_tokens(asked, *rest, **options)
+                finally:
+                    self.on_progress = told
+                answers.update(zip(chosen, part, strict=True))
+            return [answers[index] for index in range(len(requests))]
+
+        def tuned(self, requests: Sequence[Any]) -> list[bool]:
+            """Whether the tuned model answers each request (texts, prompt's tokens, choice's)."""
+            prompts = list(dict.fromkeys(tuple(request[1]) for request in requests))
+            read = [prompt[-self.max_length :] for prompt in prompts]
+            losses = []
+            for keep in ("none", "all"):
+                with using(keep):
+                    losses.append(prompt_losses(self.model, read, self.device))
+            better = {
+                prompt: after < before
+                for prompt, before, after in zip(prompts, *losses, strict=True)
+            }
+            return [better[tuple(request[1])] for request in requests]
+
+    return Choosing
+
+
+def _further(
+    told: Callable[[int, int], None] | None, before: int, total: int
+) -> Callable[[int, int], None] | None:
+    """`told` for a part of the requests, after `before` of `total`."""
+    if told is None:
+        return None
+    return lambda done, _: told(before + done, total)
