@@ -65,13 +65,58 @@ def test_alpaca_input_and_system_join(tmp_path):
     assert [turn.content for turn in read.messages] == ["s", "do\n\nthis", "done"]
 
 
+CHOICE = {"question": "Sky?", "choices": ["red", "blue"], "answer": 1}
+CHOSEN = (Message("user", "Sky?\nA. red\nB. blue"), Message("assistant", "The answer is B. blue"))
+
+
+@pytest.mark.parametrize("answer", [1, "B", "blue"])
+def test_multiple_choice_has_one_template(answer, tmp_path):
+    (read,) = read_chats(lines(tmp_path / "a.jsonl", CHOICE | {"answer": answer}))
+    assert read.messages == CHOSEN
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"answer": 2}, "from 0 to 1"),
+        ({"answer": -1}, "from 0 to 1"),
+        ({"answer": True}, "true"),
+        ({"answer": "C"}, "from A to B"),
+        ({"answer": "red", "choices": ["red", "red"]}, "one choice"),
+        ({"choices": ["red"]}, "2 to 26"),
+        ({"choices": "red"}, "2 to 26"),
+        ({"question": " "}, '"question"'),
+    ],
+)
+def test_broken_multiple_choice_is_told(change, told, tmp_path):
+    with pytest.raises(DataError, match=told):
+        read_chats(lines(tmp_path / "a.jsonl", CHOICE | change))
+
+
+def test_plain_text_is_learnt_whole(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("\none\ntwo\n\n  \nthree\n")
+    for source in (tmp_path / "a.txt", tmp_path):
+        read = read_chats(source)
+        assert [(c.messages[0].content, c.where) for c in read] == [
+            ("one\ntwo", f"{tmp_path}/a.txt:2"), ("three", f"{tmp_path}/a.txt:6"),
+        ]  # fmt: skip
+    example = encode(read[0], tokenizer, 99)
+    assert example["labels"] == example["input_ids"]
+    assert labelled(example, tokenizer) == "one\ntwo<|im_end|>"
+    cut = encode_all(read, byte_tokenizer(None), 5)  # seven bytes, five bytes, an end each
+    assert [len(one["input_ids"]) for one in cut.examples] == [5, 3, 5]
+    assert (cut.truncated, cut.dropped) == (0, 0)
+    file = lines(tmp_path / "b.jsonl", {"text": "one\ntwo"})
+    assert read_chats(file)[0].messages == read[0].messages
+
+
 def test_every_broken_line_is_told_with_its_number(tmp_path):
     file = tmp_path / "bad.jsonl"
     good = json.dumps(FORMS["messages"])
     bad = [
         "{not json",
         "[]",
-        '{"text": "x"}',
+        '{"txt": "x"}',
         '{"messages": [{"role": "user", "content": "hi"}]}',
         '{"messages": [{"role": "wizard", "content": "hi"}]}',
         '{"messages": []}',

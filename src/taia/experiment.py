@@ -34,13 +34,14 @@ from rich.console import Console
 from taia.errors import OutputError, RecipeError
 from taia.files import atomic_write, read_json
 from taia.receipt import digest_of
-from taia.recipe import Recipe, load_recipe, place
+from taia.recipe import Recipe, load_recipe, place, place_data
 
 if TYPE_CHECKING:
     from taia.evaluation.harness import Progress
     from taia.training.finetune import TrainResult
+    from taia.training.preview import Preview
 
-__all__ = ["run", "train_recipe"]
+__all__ = ["preview_recipe", "run", "train_recipe"]
 
 LOCK = "lock.json"
 OWN = (
@@ -64,7 +65,7 @@ class Cell:
     recipe: Recipe
     out: Path
     base: str
-    train_data: str | None
+    train_data: str | dict[str, Any] | None
     fisher_data: str | None
     validation: str | None
     eval_data: str | None
@@ -130,16 +131,28 @@ def train_recipe(
     """
     from taia.training.finetune import finetune
 
-    path = Path(recipe)
+    cell = _training_cell(Path(recipe), Path(out))
+    assert cell.train_data is not None
+    options = _training_options(cell)
+    return finetune(cell.base, cell.train_data, out, resume=resume, overwrite=overwrite, **options)
+
+
+def preview_recipe(recipe: str | Path) -> Preview:
+    """What the training of a recipe would see; nothing is written."""
+    from taia.training.preview import preview
+
+    cell = _training_cell(Path(recipe), Path())
+    assert cell.train_data is not None
+    options = _training_options(cell)
+    del options["save_steps"], options["report_to"]
+    return preview(cell.base, cell.train_data, **options)
+
+
+def _training_cell(path: Path, out: Path) -> Cell:
     stated = load_recipe(path)
     if stated.train is None:
         raise RecipeError(f"{path}: states no training: it has no field train")
-    cell = _cell(stated, path.parent, Path(out))
-    assert cell.train_data is not None
-    return finetune(
-        cell.base, cell.train_data, out, resume=resume, overwrite=overwrite,
-        **_training_options(cell),
-    )  # fmt: skip
+    return _cell(stated, path.parent, out)
 
 
 def _stages(cell: Cell) -> list[tuple[str, str, Callable[[Cell, Console], None]]]:
@@ -161,7 +174,7 @@ def _cell(recipe: Recipe, beside: Path, out: Path) -> Cell:
         recipe=recipe,
         out=out,
         base=place(recipe.base, beside),
-        train_data=place(train.data, beside) if train else None,
+        train_data=place_data(train.data, beside) if train else None,
         fisher_data=place(train.fisher_data, beside) if train and train.fisher_data else None,
         validation=place(train.validation, beside) if train and train.validation else None,
         eval_data=str(beside / place(data, beside)) if data is not None else None,
@@ -185,6 +198,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     from taia.evaluation.loracl import LORACL
     from taia.evaluation.variants import find_change, identity, parse_variants
     from taia.sources import resolve
+    from taia.training.corpus import digest_of_data
     from taia.training.data import digest, read_chats
     from taia.training.loop import check_trackers
     from taia.training.settings import Settings
@@ -205,8 +219,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
         if options.pop("save_steps") < 1:
             raise RecipeError("train.save_steps: at least 1 is needed")
         Settings(base=cell.base, data=cell.train_data, **options).check()
-        chats = read_chats(cell.train_data, max_examples=stated.train.max_examples)
-        inputs["training data"] = digest(cell.train_data, chats)
+        inputs["training data"] = digest_of_data(cell.train_data, stated.train.max_examples)
         if cell.fisher_data is not None:
             chats = read_chats(cell.fisher_data, max_examples=stated.train.fisher_examples)
             inputs["fisher data"] = digest(cell.fisher_data, chats)

@@ -28,22 +28,42 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from taia.errors import RecipeError, nearest
 from taia.evaluation.variants import VARIANTS
+from taia.training.mixture import Mixture, parse_data
 
-__all__ = ["Evaluate", "Recipe", "Report", "Train", "expand", "load_recipe", "place"]
+__all__ = [
+    "Evaluate",
+    "Recipe",
+    "Report",
+    "Train",
+    "expand",
+    "load_data",
+    "load_recipe",
+    "place",
+    "place_data",
+]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _data(stated: Any) -> Any:
+    """Training data as it is stated, once it is sure that it states a mixture or a path."""
+    try:
+        parse_data(stated)
+    except RecipeError as error:
+        raise ValueError("; ".join(error.faults)) from error
+    return stated
+
+
 class Train(_Part):
     """The fine-tuning; the fields of `taia.finetune`. `seed` None takes the recipe's."""
 
-    data: str
+    data: Annotated[str | list[Any] | dict[str, Any], BeforeValidator(_data)]
     method: str = "lora"
     train: str = "all"
     rank: int = 16
@@ -172,6 +192,34 @@ def place(text: str, folder: Path) -> str:
     local = folder / expanded
     is_file = expanded.startswith(".") or expanded.endswith((".jsonl", ".json", ".gguf"))
     return str(local) if is_file or local.exists() else expanded
+
+
+def place_data(data: Any, folder: Path) -> str | dict[str, Any]:
+    """Training data as `finetune` takes it, with the paths of a mixture placed like any other."""
+    if isinstance(data, str):
+        return place(data, folder)
+    return Mixture.parse(data).moved(lambda path: place(path, folder)).plain()
+
+
+def load_data(text: str) -> str | dict[str, Any]:
+    """What `--data` names: a path as it is, or a mixture, in YAML or in a .yaml file.
+
+    Text that begins with a brace or a bracket is itself the mixture. Paths in a file are relative
+    to its folder. Raises RecipeError for what is no mixture.
+    """
+    path = Path(text).expanduser()
+    is_file = path.suffix in {".yaml", ".yml"}
+    if not is_file and not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        stated = yaml.load(path.read_text("utf-8") if is_file else text, _Loader)  # noqa: S506
+    except OSError as error:
+        raise RecipeError(f"{text}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # broken scalars make the YAML library raise nearly anything
+        raise RecipeError(f"{text}: not valid YAML: {error}") from error
+    if isinstance(stated, str):
+        raise RecipeError(f"{text}: states no mixture; a list of sources or a mapping is needed")
+    return place_data(stated, path.parent if is_file else Path())
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -13,6 +13,7 @@ from taia.errors import RecipeError
 
 if TYPE_CHECKING:
     from taia.training.finetune import TrainResult
+    from taia.training.preview import Preview
 
 __all__ = ["COMMANDS"]
 
@@ -34,8 +35,12 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         help="a recipe, whose training alone is carried out, in place of --base, --data and the "
         "settings")  # fmt: skip
     add("--base", help=f"the base model: {MODEL}")
-    add("--data", help="a JSON Lines file, a folder, or a hub dataset id")
+    add(
+        "--data",
+        help="a JSON Lines file, a folder, a hub dataset id, or a mixture (YAML, or a .yaml file)",
+    )
     add("--out", required=True, type=Path, help="the folder of the adapter or model")
+    add("--dry-run", action="store_true", help="tell what the data holds, and write nothing")
     add("--method", default="lora", help="lora (default), molora, dora or full")
     add("--train", metavar="SELECTION", default="all", help="what is trained (default: all)")
     add("--rank", type=int, default=16, help="LoRA rank (default: 16)")
@@ -109,6 +114,13 @@ def train(options: argparse.Namespace) -> None:
 
     from taia.training.ranks import is_first
 
+    if options.dry_run:
+        told = _preview(options)
+        if options.as_json:
+            print_json(told.as_json())
+        else:
+            print(told)
+        return
     result = _train_recipe(options) if options.recipe else _train_options(options)
     if not is_first():
         return
@@ -122,27 +134,38 @@ def train(options: argparse.Namespace) -> None:
 def _train_recipe(options: argparse.Namespace) -> TrainResult:
     from taia.experiment import train_recipe
 
-    parser = argparse.ArgumentParser()
-    train_options(parser)
-    own = {"recipe", "out", "resume", "overwrite", "as_json"}
-    defaults = vars(parser.parse_args(["--out", "."]))
-    stated = [f"--{name.replace('_', '-')}" for name, default in defaults.items()
-              if name not in own and getattr(options, name) != default]  # fmt: skip
-    if stated:
-        raise RecipeError(f"{', '.join(stated)}: is for the recipe to state; write it in there")
+    _refuse_settings(options)
     return train_recipe(
         options.recipe, options.out, resume=options.resume, overwrite=options.overwrite
     )
 
 
-def _train_options(options: argparse.Namespace) -> TrainResult:
-    from taia.training.finetune import finetune
+def _refuse_settings(options: argparse.Namespace) -> None:
+    """Raise RecipeError for options beside a recipe that the recipe should state."""
+    parser = argparse.ArgumentParser()
+    train_options(parser)
+    own = {"recipe", "out", "resume", "overwrite", "as_json", "dry_run"}
+    defaults = vars(parser.parse_args(["--out", "."]))
+    stated = [f"--{name.replace('_', '-')}" for name, default in defaults.items()
+              if name not in own and getattr(options, name) != default]  # fmt: skip
+    if stated:
+        raise RecipeError(f"{', '.join(stated)}: is for the recipe to state; write it in there")
 
+
+def _require_sources(options: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("base", "data") if getattr(options, name) is None]
     if missing:
         raise RecipeError(f"{' and '.join(missing)}: needed where no recipe is given")
+
+
+def _train_options(options: argparse.Namespace) -> TrainResult:
+    from taia.recipe import load_data
+    from taia.training.finetune import finetune
+
+    _require_sources(options)
     return finetune(
-        options.base, options.data, options.out, method=options.method, train=options.train,
+        options.base, load_data(options.data), options.out, method=options.method,
+        train=options.train,
         rank=options.rank, alpha=options.alpha, dropout=options.dropout,
         experts=options.experts, experts_per_token=options.experts_per_token,
         balance=options.balance, expert_dropout=options.expert_dropout,
@@ -155,6 +178,25 @@ def _train_options(options: argparse.Namespace) -> TrainResult:
         patience=options.patience, report_to=options.report_to, seed=options.seed,
         resume=options.resume, overwrite=options.overwrite,
     )  # fmt: skip
+
+
+def _preview(options: argparse.Namespace) -> Preview:
+    """What a training would see."""
+    import dataclasses
+
+    from taia.experiment import preview_recipe
+    from taia.recipe import load_data
+    from taia.training.preview import preview
+    from taia.training.settings import Settings
+
+    if options.recipe:
+        _refuse_settings(options)
+        return preview_recipe(options.recipe)
+    _require_sources(options)
+    names = {one.name for one in dataclasses.fields(Settings)} - {"base", "data"}
+    stated = {name: value for name, value in vars(options).items() if name in names}
+    stated["penalty"] = _once(options.penalty)
+    return preview(options.base, load_data(options.data), **stated)
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:

@@ -30,8 +30,8 @@ __all__ = ["Interrupt", "LogLine", "Recorder", "progress_bar", "read_log", "reco
 
 LogLine = Mapping[str, float]
 """One line of log.jsonl: step, steps, loss, learning_rate, grad_norm, epoch, tokens, seconds,
-tokens_per_second; where one was taken, validation_loss; with penalties or experts also what
-`taia.training.objective` tells."""
+tokens_per_second; of a mixture share_NAME, the share of a source in the batch; where one was taken,
+validation_loss; with penalties or experts also what `taia.training.objective` tells."""
 
 KNOWN = ("loss", "learning_rate", "grad_norm", "epoch")
 
@@ -48,10 +48,14 @@ class Recorder:
         batch_size: int,
         tokens: Sequence[int],
         from_step: int,
+        shares: Sequence[LogLine] = (),
         on_progress: Callable[[LogLine], None] | None,
     ) -> None:
-        """`tokens`: those trained on up to and with each step, from step 1 on."""
-        self.path, self.steps, self.tokens = path, steps, tokens
+        """`tokens`: those trained on up to and with each step, from step 1 on.
+
+        `shares`: of the sources of a mixture, in the batch of each step.
+        """
+        self.path, self.steps, self.tokens, self.shares = path, steps, tokens, shares
         self.epochs_a_step = batch_size / examples
         self.on_progress = on_progress
         self.lines: list[LogLine] = [line for line in read_log(path) if line["step"] <= from_step]
@@ -81,6 +85,7 @@ class Recorder:
                 (self.tokens[step - 1] - before) / max(now - self.last, 1e-9), 1
             ),
         }
+        line |= self.shares[step - 1] if self.shares else {}
         line |= {name: value for name, value in values.items() if name not in KNOWN}
         self.last = now
         self.lines.append(line)

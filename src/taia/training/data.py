@@ -1,14 +1,11 @@
 """Chats for fine-tuning: read from files or the hub, and encoded with labels.
 
-Three forms of record are read, one chat each:
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}
-    {"instruction": ..., "input": ..., "output": ...}               (Alpaca; input may be empty)
-    {"conversations": [{"from": "human", "value": ...}, ...]}       (ShareGPT)
-
+A record is one chat, in one of the forms of `taia.training.forms`; it may also be plain text.
 The loss falls on the assistant's tokens only: its words and the token that ends
 its turn, so that the model learns to stop. Which tokens these are comes from the
 model's own chat template: from its `{% generation %}` markers, or from TRL's
 marked version of a template that TRL knows, or else from `taia.training.spans`.
+Of plain text every token counts, and what is too long for one example becomes several.
 
 Limits: text only (no images, no tool calls); a chat is one example, never packed.
 """
@@ -24,33 +21,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from taia.errors import DataError
 from taia.receipt import digest_of
+from taia.training.forms import TEXT, Message, RecordError, messages_of
 from taia.training.spans import IGNORED, chat_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Chat", "Encoded", "Example", "Message", "digest", "encode", "encode_all", "read_chats"]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-"""Names of speakers in the wild, and the role each one is."""
-
-FORMS = '"messages", "instruction" and "output", or "conversations"'
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn. `role` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +36,11 @@ class Chat:
 
     messages: tuple[Message, ...]
     where: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is plain text: one message of role text."""
+        return self.messages[0].role == TEXT
 
 
 class Example(TypedDict):
@@ -79,8 +61,10 @@ class Encoded:
 
 
 def read_chats(source: str | Path, *, max_examples: int | None = None) -> list[Chat]:
-    """The chats of a .jsonl or .json file, a folder of .jsonl files, or a hub data set.
+    """The chats of a .jsonl, .json or .txt file, a folder of such files, or a hub data set.
 
+    Of a folder all .jsonl files are read, or all .txt files where there is none. A .txt file is
+    plain text, one passage between blank lines each.
     `max_examples` takes the first ones in file order (of a folder: files by name; of a
     hub data set: its train split). Raises DataError with every broken record.
     """
@@ -93,9 +77,9 @@ def read_chats(source: str | Path, *, max_examples: int | None = None) -> list[C
             break
         try:
             if isinstance(record, _Broken):
-                raise _RecordError(record.reason)
-            chats.append(Chat(_messages(record), where))
-        except _RecordError as error:
+                raise RecordError(record.reason)
+            chats.append(Chat(messages_of(record), where))
+        except RecordError as error:
             faults.append(f"{where}: {error}")
     if faults:
         raise DataError(f"{source}: {len(faults)} broken training records", faults)
@@ -105,11 +89,14 @@ def read_chats(source: str | Path, *, max_examples: int | None = None) -> list[C
 
 
 def encode(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """One chat as token ids and labels, cut at the end to `max_length` tokens.
+    """One chat or passage as token ids and labels, cut at the end to `max_length` tokens.
 
     Raises DataError when the chat template cannot show where the assistant speaks,
     RecipeError when there is no chat template.
     """
+    if chat.is_text:
+        ids = _text_ids(chat.messages[0].content, tokenizer)[:max_length]
+        return {"input_ids": ids, "labels": list(ids)}
     messages = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
     ids, labels = chat_labels(messages, tokenizer, chat.where)
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -118,11 +105,21 @@ def encode(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
 def encode_all(
     chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """Every chat encoded; those without a labelled token left are dropped and counted."""
+    """Every chat encoded; those without a labelled token left are dropped and counted.
+
+    Plain text is cut into as many examples as it needs, so nothing of it is truncated.
+    """
     examples: list[Example] = []
     where: list[str] = []
     truncated = dropped = 0
     for chat in chats:
+        if chat.is_text:
+            ids = _text_ids(chat.messages[0].content, tokenizer)
+            cuts = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+            cuts = [cut for cut in cuts if len(cut) > 1]  # one token alone predicts nothing
+            examples += [{"input_ids": cut, "labels": list(cut)} for cut in cuts]
+            where += [chat.where] * len(cuts)
+            continue
         example = encode(chat, tokenizer, max_length + 1)
         ids, labels = example["input_ids"][:max_length], example["labels"][:max_length]
         # The first token is predicted from nothing, so its label never counts.
@@ -152,8 +149,11 @@ def digest(source: str | Path, chats: Iterable[Chat]) -> str:
     return total.hexdigest()
 
 
-class _RecordError(ValueError):
-    """What is wrong with one record."""
+def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of plain text, as the tokenizer begins a text, with the end of text after it."""
+    ids = list(tokenizer(text)["input_ids"])
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +165,18 @@ def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Every record with where it stands. Broken lines come as _Broken."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = sorted(path.glob("*.jsonl")) or sorted(path.glob("*.txt"))
         if not files:
-            raise DataError(f"{source}: no .jsonl file in this folder")
+            raise DataError(f"{source}: no .jsonl or .txt file in this folder")
         for file in files:
-            yield from _lines(file)
+            yield from _passages(file) if file.suffix == ".txt" else _lines(file)
     elif path.suffix == ".json" and path.is_file():
         yield from _list(path)
+    elif path.suffix == ".txt" and path.is_file():
+        yield from _passages(path)
     elif path.is_file():
         yield from _lines(path)
-    elif path.suffix in {".json", ".jsonl"} or str(source).startswith((".", "/", "~")):
+    elif path.suffix in {".json", ".jsonl", ".txt"} or str(source).startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file or folder")
     else:
         yield from _hub(str(source))
@@ -189,6 +191,21 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:  # JSON and UTF-8 faults alike
                 yield f"{path}:{number}", _Broken(f"not JSON ({error})")
+
+
+def _passages(path: Path) -> Iterator[tuple[str, Any]]:
+    """Runs of lines that are not blank, each with the number of its first line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text in UTF-8 ({error})") from error
+    start = 0
+    for number, line in enumerate([*lines, ""]):
+        if line.strip():
+            continue
+        if number > start:
+            yield f"{path}:{start + 1}", {"text": "\n".join(lines[start:number])}
+        start = number + 1
 
 
 def _list(path: Path) -> Iterator[tuple[str, Any]]:
@@ -214,53 +231,3 @@ def _hub(name: str) -> Iterator[tuple[str, Any]]:
         ) from error
     for number, record in enumerate(rows, start=1):
         yield f"{name}, record {number}", record
-
-
-def _messages(record: Any) -> tuple[Message, ...]:
-    """The turns of a record of any of the three forms."""
-    if not isinstance(record, dict):
-        raise _RecordError(f"a record is an object with {FORMS}; this is {type(record).__name__}")
-    if record.get("messages") is not None:
-        turns = _turns(record["messages"], "messages", "role", "content")
-    elif record.get("conversations") is not None:
-        turns = _turns(record["conversations"], "conversations", "from", "value")
-    elif "instruction" in record and "output" in record:
-        turns = _alpaca(record)
-    else:
-        raise _RecordError(f"needs {FORMS}; has {', '.join(map(str, record)) or 'no fields'}")
-    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
-        raise _RecordError("no assistant turn with content, so there is nothing to learn from it")
-    return turns
-
-
-def _turns(value: Any, field: str, speaker: str, text: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _RecordError(f'"{field}" is a list of turns; this is {_shown(value)}')
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get(text), str):
-            raise _RecordError(f'turn {number} of "{field}" needs "{speaker}" and a text "{text}"')
-        role = ROLES.get(str(turn.get(speaker)))
-        if role is None:
-            raise _RecordError(
-                f'turn {number} of "{field}": "{speaker}" is {_shown(turn.get(speaker))}; '
-                f"known are {', '.join(ROLES)}"
-            )
-        turns.append(Message(role, turn[text]))
-    return tuple(turns)
-
-
-def _alpaca(record: dict[str, Any]) -> tuple[Message, ...]:
-    fields = ("system", "instruction", "input", "output")
-    parts = {key: "" if record.get(key) is None else record[key] for key in fields}
-    wrong = [key for key, value in parts.items() if not isinstance(value, str)]
-    if wrong:
-        raise _RecordError(f"{', '.join(wrong)}: a text is needed, not {_shown(record[wrong[0]])}")
-    prompt = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
-    system = (Message("system", parts["system"]),) if parts["system"] else ()
-    return (*system, Message("user", prompt), Message("assistant", parts["output"]))
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import OutputError, RecipeError
-from taia.load import load_tokenizer, quiet_transformers, require_chat_template
+from taia.load import load_tokenizer, quiet_transformers
 from taia.sources import resolve
 from taia.training import folder
-from taia.training.batches import training_order
 from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
+from taia.training.corpus import Corpus, digest_of_data, make_corpus, read_data
 from taia.training.data import Encoded, digest, encode_all, read_chats
 from taia.training.device import Device, choose_device
 from taia.training.loop import check_trackers, make_trainer, run_trainer
+from taia.training.mixture import parse_data
 from taia.training.ranks import is_first, on_first
 from taia.training.ready import Ready, make_ready
 from taia.training.settings import Settings
@@ -65,7 +66,7 @@ class TrainResult:
 
 def finetune(
     base: str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[Any] | Mapping[str, Any],
     out: str | Path,
     *,
     method: str = "lora",
@@ -103,6 +104,8 @@ def finetune(
 ) -> TrainResult:
     """Fine-tune `base` on the chats of `data` into the folder `out`.
 
+    `data` is a file, a folder or a hub data set, or a mixture (`taia.training.mixture`).
+
     `train` is a selection: which linear layers get LoRA, or which parameters are
     trained with method `full`. The other settings: `taia.training.settings`.
     `report_to` names trackers of transformers' Trainer, such as tensorboard, trackio, wandb.
@@ -115,7 +118,7 @@ def finetune(
     """
     settings = Settings(
         base=str(base),
-        data=str(data),
+        data=parse_data(data),
         method=method,
         train=train,
         rank=rank,
@@ -151,15 +154,19 @@ def finetune(
     target = Path(out).expanduser()
     done = on_first(lambda: folder.check(target, settings, resume=resume, overwrite=overwrite))
     if done is not None:
-        chats = read_chats(settings.data, max_examples=settings.max_examples)
-        if digest(settings.data, chats) != done["data"]["sha256"]:
-            raise folder.other_data(target, settings.data)
+        if digest_of_data(settings.data, settings.max_examples) != done["data"]["sha256"]:
+            raise folder.other_data(target, settings.data_names)
         return _result(target, done)
     run = _prepare(settings)
     name = run.ready.fisher_name
     checkpoint = on_first(
         lambda: folder.start(
-            target, settings, run.digest, resume=resume, fisher=name, validation=run.validation_id
+            target,
+            settings,
+            run.corpus.digest,
+            resume=resume,
+            fisher=name,
+            validation=run.validation_id,
         )
     )
     try:
@@ -176,56 +183,40 @@ class _Run:
     ready: Ready
     device: Device
     tokenizer: PreTrainedTokenizerBase
-    data: Encoded
-    digest: str
+    corpus: Corpus
     validation: Encoded | None
     validation_id: str | None
-    order: list[int]
 
     @property
     def steps(self) -> int:
-        return -(-len(self.order) // self.settings.batch_size)
+        return -(-len(self.corpus.order) // self.settings.batch_size)
 
     def read_at(self, step: int) -> list[str]:
         """Where the examples of a step were read."""
-        size = self.settings.batch_size
-        return [self.data.where[number] for number in self.order[(step - 1) * size : step * size]]
-
-    def tokens(self) -> list[int]:
-        """Tokens trained on up to and with every step."""
-        size, total, sums = self.settings.batch_size, 0, []
-        lengths = [len(example["input_ids"]) for example in self.data.examples]
-        for start in range(0, len(self.order), size):
-            total += sum(lengths[number] for number in self.order[start : start + size])
-            sums.append(total)
-        return sums
+        size, order = self.settings.batch_size, self.corpus.order
+        return [self.corpus.where[number] for number in order[(step - 1) * size : step * size]]
 
 
 def _prepare(settings: Settings) -> _Run:
     """Read the data, then the model: the cheap faults first."""
     source = resolve(settings.base)
-    chats = read_chats(settings.data, max_examples=settings.max_examples)
+    read = read_data(settings)
     tokenizer = load_tokenizer(source)
-    require_chat_template(tokenizer, settings.base)
-    data = encode_all(chats, tokenizer, settings.max_length)
-    lengths = [len(example["input_ids"]) for example in data.examples]
+    corpus = make_corpus(settings, read, tokenizer)
     validation = validation_id = None
     if settings.validation is not None:
         held_out = read_chats(settings.validation)
         validation = encode_all(held_out, tokenizer, settings.max_length)
         validation_id = digest(settings.validation, held_out)
-    total = settings.total(len(lengths))
     ready = make_ready(settings, source.form, tokenizer)
     return _Run(
         settings=settings,
         ready=ready,
         device=choose_device(settings, ready.model),
         tokenizer=tokenizer,
-        data=data,
-        digest=digest(settings.data, chats),
+        corpus=corpus,
         validation=validation,
         validation_id=validation_id,
-        order=training_order(lengths, settings.batch_size, total, settings.seed),
     )
 
 
@@ -246,15 +237,16 @@ def _train(
             recorder = Recorder(
                 out / folder.LOG,
                 steps=run.steps,
-                examples=len(run.data.examples),
+                examples=run.corpus.size,
                 batch_size=run.settings.batch_size,
-                tokens=run.tokens(),
+                tokens=run.corpus.tokens(run.settings.batch_size),
+                shares=run.corpus.shares(run.settings.batch_size),
                 from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
                 on_progress=on_progress or bar,
             )
         trainer = make_trainer(
             run.ready.model,
-            [run.data.examples[number] for number in run.order],
+            [run.corpus.examples[number] for number in run.corpus.order],
             run.settings,
             out / folder.CHECKPOINTS,
             padding=run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
@@ -328,10 +320,11 @@ def _record(run: _Run, recorder: Recorder, best: int | None) -> dict[str, Any]:
         "train": settings.train,
         "data": {
             "path": settings.data,
-            "sha256": run.digest,
-            "examples": len(run.data.examples),
-            "truncated": run.data.truncated,
-            "dropped": run.data.dropped,
+            "sha256": run.corpus.digest,
+            "examples": len(run.corpus.examples),
+            "truncated": run.corpus.truncated,
+            "dropped": run.corpus.dropped,
+            "parts": run.corpus.facts(),
         },
         "settings": asdict(settings),
         **run.ready.facts,

@@ -47,7 +47,7 @@ def check(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> di
     Raises OutputError for a folder that is not ours to write, RecipeError when
     resuming with other settings. Writes nothing.
     """
-    for source in (settings.base, settings.data):
+    for source in settings.sources:
         if Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise OutputError(f"{out}: {source} is in there; a run would overwrite what it reads")
     if not (resume and out.is_dir() and any(out.iterdir())):
@@ -86,7 +86,7 @@ def start(
     """
     before = read_json(out / SETTINGS) if resume and (out / SETTINGS).is_file() else {}
     if before.get(DIGEST, digest) != digest:
-        raise other_data(out, settings.data)
+        raise other_data(out, settings.data_names)
     if before.get(VALIDATION, validation) != validation:
         raise other_data(out, settings.validation)
     if before.get(FISHER, fisher) != fisher:

@@ -9,6 +9,7 @@ from typing import Any
 
 from taia.errors import RecipeError, SelectionError, nearest
 from taia.selection import Selection
+from taia.training.mixture import Mixture
 
 __all__ = ["Settings"]
 
@@ -24,7 +25,8 @@ class Settings:
 
     `batch_size` is the number of examples in one step over all devices;
     `per_device_batch_size` how many of them are in memory at once (None: as many
-    as fit). `epochs` counts unless `max_steps` is given. `train` is a selection.
+    as fit). `epochs` counts unless `max_steps` is given. `train` is a selection. `data`
+    is a file, a folder or a hub data set, or a mixture (`taia.training.mixture.parse_data`).
 
     Of method molora: `experts` LoRAs of `rank` on each FFN projection, of which a token takes
     `experts_per_token`; `balance`, the strength of the load-balancing loss; `expert_dropout`,
@@ -37,7 +39,7 @@ class Settings:
     """
 
     base: str
-    data: str
+    data: str | Mapping[str, Any]
     method: str = "lora"
     train: str = "all"
     rank: int = 16
@@ -77,6 +79,17 @@ class Settings:
             faults.append(f"train: {error}")
         if faults:
             raise RecipeError("these training settings cannot be run", faults)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything that a run reads, besides what its penalties do."""
+        read = (self.data,) if isinstance(self.data, str) else Mixture.parse(self.data).paths
+        return (self.base, *read)
+
+    @property
+    def data_names(self) -> str:
+        """What a message calls the data."""
+        return " or ".join(self.sources[1:])
 
     def total(self, examples: int) -> int:
         """How many examples go through training, repeats counted."""
@@ -124,6 +137,8 @@ class Settings:
             for name in ("weight_decay", "balance")
             if not 0 <= getattr(self, name) < math.inf
         ]
+        if self.max_examples is not None and not isinstance(self.data, str):
+            faults.append("max_examples with a mixture: give it to its sources, or give size")
         if self.max_length < 2:
             faults.append(f"max_length is {self.max_length}: it must be at least 2")
         if not 0 <= self.seed < 2**32:
