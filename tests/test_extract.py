@@ -100,6 +100,18 @@ def test_stacked_and_separate_experts(pair, tmp_path):
     assert close(attached, logits(PeftModel.from_pretrained(load(base), tmp_path / "out")))
 
 
+@pytest.mark.parametrize("keep", ["ffn", "router", "attention + router + ffn"])
+def test_experts_and_routers_that_the_base_stores_otherwise_merge_back(pair, tmp_path, keep):
+    """mixtral's live `mlp.gate` lies in `block_sparse_moe.gate`, its experts one by one."""
+    base, tuned = pair("mixtral")
+    taia.extract(base, tuned, tmp_path / "extracted", None, keep)
+    taia.splice(base, tmp_path / "extracted", tmp_path / "sliced", keep)
+    taia.splice(base, tmp_path / "sliced", tmp_path / "merged", keep, merge=True)
+    taia.splice(base, tuned, tmp_path / "spliced", keep)
+    assert close(logits(load(tmp_path / "merged")), logits(load(tmp_path / "spliced")))
+    taia.verify(tmp_path / "merged")
+
+
 def test_vectors_are_whole_and_told(pair, tmp_path):
     base, tuned = pair("qwen2")
     extraction = taia.extract(base, tuned, tmp_path / "out", 4, "attention + norm")

@@ -43,6 +43,7 @@ from taia.remote import MIRROR_MARKER
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 from taia.stacked import StackedModule
+from taia.unstack import unstack
 from taia.vectors import Ia3Vector, TokenRows
 from taia.writing import (
     TOKENIZER_FILES,
@@ -120,7 +121,7 @@ def _decided(
         checkpoint = open_checkpoint(base)
         shapes = shapes_of(checkpoint)
         adapter = adapter.of(model_type, shapes)
-        _refuse_misfit(adapter, checkpoint, shapes)
+        _refuse_misfit(unstack(checkpoint, adapter), checkpoint, shapes)
     addresses = addresses_of(adapter, model_type)
     rows: dict[str, Parts] = {}
     strengths = kept_strengths(adapter, addresses, selection, layers, rows=rows)

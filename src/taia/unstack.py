@@ -1,8 +1,8 @@
-"""LoRA on stacked experts, on a base that stores its experts one by one.
+"""LoRA on a parameter, on a base that stores it in parts or under another name.
 
 PEFT trains the live parameter, in which transformers stacks all experts and joins gate and up.
-Many families keep them apart on disk; `layouts.py` knows where each stored tensor goes, and a
-stored tensor then changes by the rows of its expert's delta.
+Many families keep them apart on disk, and some call a router otherwise there; `layouts.py` knows
+where each stored tensor goes, and a stored tensor then changes by the rows of its expert's delta.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def _parts(
         places.get(family.key(change.weight), []), key=lambda p: (p[0].item, p[0].source)
     )
     joined = {"stack 0", "concatenate 1"}
-    if not found or any(
-        not place.operations or set(place.operations) - joined for place, _ in found
-    ):
+    if any(set(place.operations) - joined for place, _ in found):
         return []
     filled: dict[int, int] = defaultdict(int)
     parts = []
