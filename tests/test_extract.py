@@ -112,6 +112,19 @@ def test_experts_and_routers_that_the_base_stores_otherwise_merge_back(pair, tmp
     taia.verify(tmp_path / "merged")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_delta_without_a_size_is_one_message(pair, tmp_path, value):
+    base, tuned = pair("llama")
+    shutil.copytree(tuned, tmp_path / "broken")
+    path = tmp_path / "broken" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(taia.TaiaError, match="q_proj.weight: its delta is not finite"):
+        taia.extract(base, tmp_path / "broken", tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_vectors_are_whole_and_told(pair, tmp_path):
     base, tuned = pair("qwen2")
     extraction = taia.extract(base, tuned, tmp_path / "out", 4, "attention + norm")

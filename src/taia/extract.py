@@ -275,9 +275,14 @@ def _fit(target: Target, a: Array, b: Array, rank: int | None = None) -> Extract
     """How well the product of factors fits; with a rank the factors are found first."""
     norm = lost = 0.0
     for expert, delta in enumerate(target.deltas()):
+        norm += _square(delta)
+        if not math.isfinite(norm):
+            raise MismatchError(
+                f"{target.name}: its delta is not finite, or too large for float32; look at the "
+                "fine-tune for NaN, or leave this part out"
+            )
         if rank is not None:
             a[expert], b[:, :, expert] = factorise(delta, rank)
-        norm += _square(delta)
         lost += _square(delta - widen(b[:, :, expert]) @ widen(a[expert]))
     error = math.sqrt(lost / norm) if norm else 0.0
     shape = (target.experts, *target.shape) if target.experts > 1 else target.shape
@@ -286,7 +291,8 @@ def _fit(target: Target, a: Array, b: Array, rank: int | None = None) -> Extract
 
 def _square(values: Array) -> float:
     flat = values.reshape(-1)
-    return float(np.dot(flat, flat))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(flat, flat))
 
 
 def _config(planned: Plan, targets: Targets, rank: int) -> dict[str, Any]:
