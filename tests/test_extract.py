@@ -120,7 +120,7 @@ def test_a_delta_without_a_size_is_one_message(pair, tmp_path, value):
     stored = load_file(path)
     stored["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
     save_file(stored, path, metadata={"format": "pt"})
-    with pytest.raises(taia.TaiaError, match="q_proj.weight: its delta is not finite"):
+    with pytest.raises(taia.TaiaError, match="its delta is not finite"):
         taia.extract(base, tmp_path / "broken", tmp_path / "out", 4)
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -288,3 +289,20 @@ def test_the_command_line_and_what_it_imports(two, tmp_path):
         "assert not {'numpy', 'torch', 'gguf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {}}, "does not name one base and one tuned file"),
+        ({"path": "x"}, "not the place"),
+    ],
+)
+def test_a_forged_receipt_is_one_message(two, tmp_path, change, message):
+    """Whoever edits a receipt can make its own digest again."""
+    out = tmp_path / "out.gguf"
+    receipt = taia.splice(*two, out)
+    forged = dataclasses.replace(receipt, tuned=dataclasses.replace(receipt.tuned, **change))
+    forged.write(out)
+    with pytest.raises(VerificationError, match=message):
+        taia.verify(out)

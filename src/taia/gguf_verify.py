@@ -16,7 +16,7 @@ from taia.gguf_splice import GgufPiece, files_of, gguf_pieces, layout_of
 from taia.hashing import digests
 from taia.pieces import Copy
 from taia.plan import Plan, plan
-from taia.receipt import Entry, Receipt, SourceRecord, identity, receipt_path
+from taia.receipt import Entry, Receipt, receipt_path, source_faults
 from taia.sources import Form, Source
 
 __all__ = ["verify_gguf"]
@@ -33,8 +33,7 @@ def verify_gguf(out: Path, receipt: Receipt) -> Receipt:
     name = receipt_path(out).name
     faults = [] if receipt.is_as_written(out) else [f"{name}: edited after it was written"]
     faults += _place_faults(receipt, stored) + _head_faults(receipt, stored)
-    records = [record for record in (receipt.base, receipt.tuned) if record is not None]
-    gone = [fault for record in records for fault in _source_faults(record)]
+    gone = source_faults(receipt)
     hashed = all(entry.digest for entry in receipt.tensors)
     if hashed and not faults:
         written = digests(out.parent, receipt.tensors, receipt.algorithm)
@@ -87,22 +86,10 @@ def _head_faults(receipt: Receipt, stored: GgufFile) -> list[str]:
     return faults
 
 
-def _source_faults(record: SourceRecord) -> list[str]:
-    """Whether a source is gone, or not what it was."""
-    faults = []
-    for name, before in record.files.items():
-        path = Path(record.path) / name
-        if not path.is_file():
-            faults.append(f"{path}: the source is gone")
-        elif identity(path) != before:
-            faults.append(f"{path}: the source changed since")
-    return faults
-
-
 def _content_faults(out: Path, receipt: Receipt) -> list[str]:
     """Compare with the sources."""
-    if receipt.base is None:
-        return ["the receipt names no base"]
+    if receipt.base is None or any(len(r.files) != 1 for r in (receipt.base, receipt.tuned)):
+        return ["the receipt does not name one base and one tuned file"]
     try:
         base, tuned = (
             Source(record.text, Form.GGUF, Path(record.path) / next(iter(record.files)))

@@ -30,6 +30,7 @@ __all__ = [
     "digest_of",
     "identity",
     "receipt_path",
+    "source_faults",
 ]
 
 RECEIPT = "taia.json"
@@ -214,6 +215,25 @@ def identity(path: Path) -> FileIdentity:
     """Size and modification time of a file, links followed."""
     status = path.stat()
     return FileIdentity(status.st_size, status.st_mtime_ns)
+
+
+def source_faults(receipt: Receipt) -> list[str]:
+    """Which source files of an output are gone, or not what they were."""
+    records = [record for record in (receipt.base, receipt.tuned) if record is not None]
+    return [fault for record in records for fault in _record_faults(record)]
+
+
+def _record_faults(record: SourceRecord) -> list[str]:
+    if not Path(record.path).is_absolute():
+        return [f"{record.path}: not the place of a source"]
+    faults = []
+    for name, before in record.files.items():
+        path = Path(record.path) / name
+        if not path.is_file():
+            faults.append(f"{path}: the source is gone")
+        elif identity(path) != before:
+            faults.append(f"{path}: the source changed since")
+    return faults
 
 
 def digest_of(path: Path, length: int | None = None) -> str:

@@ -26,7 +26,7 @@ from taia.files import read_json
 from taia.hashing import digests
 from taia.pieces import Copy, Merge, Piece, pieces
 from taia.plan import Decision, Plan, plan
-from taia.receipt import RECEIPT, Entry, Receipt, SourceRecord, identity
+from taia.receipt import RECEIPT, Entry, Receipt, source_faults
 from taia.slicing import sliced_tensors
 from taia.ties import tie_faults
 from taia.untrusted import open_regular
@@ -56,7 +56,7 @@ def verify(out: str | Path, *, on_note: Note | None = None) -> Receipt:
     intact = [e for e in receipt.tensors if e.name in stored and _same_place(e, stored[e.name])]
     hashed = all(entry.digest for entry in receipt.tensors)
     faults += _digest_faults(folder, receipt, [entry for entry in intact if entry.digest])
-    if not hashed or not _missing_sources(receipt):
+    if not hashed or not source_faults(receipt):
         faults += _source_faults(folder, receipt, intact, on_note, hashed=hashed)
     if receipt.form == "checkpoint":
         faults += _tie_faults(folder, stored)
@@ -145,7 +145,7 @@ def _source_faults(
     folder: Path, receipt: Receipt, intact: list[Entry], on_note: Note | None, *, hashed: bool
 ) -> list[str]:
     """Compare with the sources. Their own changes are faults, as nothing can then be proven."""
-    faults = _missing_sources(receipt)
+    faults = source_faults(receipt)
     if faults:
         return [*faults, "without its sources only an output made with --hash can be verified"]
     try:
@@ -300,25 +300,6 @@ def _tie_faults(folder: Path, stored: Mapping[str, Tensor]) -> list[str]:
         return tie_faults(folder, config if isinstance(config, dict) else {}, stored)
     except TaiaError:
         return []  # told as an altered file, or as names that the table does not know
-
-
-def _missing_sources(receipt: Receipt) -> list[str]:
-    """Which source files are gone or changed."""
-    records = [record for record in (receipt.base, receipt.tuned) if record is not None]
-    return [fault for record in records for fault in _record_faults(record)]
-
-
-def _record_faults(record: SourceRecord) -> list[str]:
-    if not Path(record.path).is_absolute():
-        return [f"{record.path}: not the place of a source"]
-    faults = []
-    for name, before in record.files.items():
-        path = Path(record.path) / name
-        if not path.is_file():
-            faults.append(f"{path}: the source is gone")
-        elif identity(path) != before:
-            faults.append(f"{path}: the source changed since")
-    return faults
 
 
 def _equal(folder: Path, entry: Entry, chunks: Iterator[bytes]) -> bool:
