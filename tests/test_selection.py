@@ -196,3 +196,8 @@ def test_depth_may_be_told_for_a_part_of_a_model() -> None:
     few = [Address(Kind.FFN, layer, "up", "language") for layer in (0, 1)]
     strengths = Selection.parse("ffn*linear(0, 1)").strengths(few, layers=11)
     assert [strengths[a] for a in few] == pytest.approx([0, 0.1])
+
+
+def test_a_linear_strength_ends_exactly_where_it_says():
+    for first in (3.3, -7.1, 0.1, 1e9):
+        assert Linear(first, 1.0).at(4, 5) == 1.0

@@ -26,6 +26,7 @@ __all__ = [
     "check_room",
     "read_json",
     "refuse_existing",
+    "refuse_name",
     "refuse_overlap",
     "staged_files",
     "staged_folder",
@@ -66,6 +67,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     half-written beside `out` is removed first. Raises OutputError.
     """
     out = out.absolute()
+    refuse_name(out)
     _clear_litter(out)
     refuse_existing(out, overwrite=overwrite)
     try:
@@ -97,6 +99,7 @@ def staged_files(*outs: Path, overwrite: bool = False) -> Iterator[list[Path]]:
     """
     outs = tuple(out.absolute() for out in outs)
     out = outs[-1]
+    refuse_name(out)
     _clear_litter(out)
     if out.is_dir() or (out.is_symlink() and not out.exists()):
         raise OutputError(f"{out}: is a folder, or a link that leads nowhere; name a file")
@@ -127,6 +130,7 @@ def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
 
     A folder that holds the current one, or the user's home, is never replaced.
     """
+    refuse_name(out)
     resolved = out.resolve()
     for kept in (Path.cwd(), Path.home()):
         if resolved == kept or resolved in kept.parents:
@@ -139,6 +143,15 @@ def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{out}: exists and is not a folder")
     if any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; name another folder or use --overwrite")
+
+
+def refuse_name(out: Path) -> None:
+    """Raise OutputError for what no file can be called, and what no receipt can state."""
+    try:
+        str(out.absolute()).encode()
+        out.exists()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{str(out)[:200]}: not a name for a file or folder: {error}") from error
 
 
 def refuse_overlap(out: Path, *sources: Path) -> None:

@@ -162,7 +162,11 @@ class Receipt:
         from pydantic import TypeAdapter, ValidationError
 
         path = receipt_path(out)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise VerificationError(f"{str(out)[:200]}: {error.strerror}") from error
+        if not found:
             what = "folder" if out.is_dir() else "file"
             raise VerificationError(f"{out}: no {path.name} there; taia did not write this {what}")
         raw = _read(path)

@@ -80,6 +80,8 @@ class Linear:
         """The strength at `layer` of `layers`; what has no layer takes `first`, as in LiNeS."""
         if layer is None or layers < 2:
             return self.first
+        if layer == layers - 1:  # free of rounding: 1 is a copy, and nearly 1 is not
+            return self.last
         return self.first + (self.last - self.first) * layer / (layers - 1)
 
     def __str__(self) -> str:

@@ -69,6 +69,7 @@ def resolve(source: str | Path | Source, *, headers_only: bool = False) -> Sourc
     try:
         path = Path(text).expanduser()
         path.exists()  # the one call that tells a name that no file can have
+        str(path.absolute()).encode()  # a receipt states it
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(f"{text[:200]}: not the name of a file or folder: {error}") from error
     if not text:

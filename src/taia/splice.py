@@ -88,6 +88,8 @@ def splice(
     if found.form is Form.ADAPTER and not merge:
         if size is not None:
             raise SourceError(f"{found.text}: a sliced adapter is one file; --shard-size is not")
+        if requantize:
+            raise SourceError(f"{found.text}: an adapter; --requantize is for two GGUF files")
         from taia.slicing import slice_adapter
 
         return slice_adapter(
