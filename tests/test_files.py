@@ -103,3 +103,17 @@ def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path):
     atomic_write(tmp_path / "more" / "file", "two")
     assert (tmp_path / "more" / "file").read_text() == "two"
     assert [f.name for f in (tmp_path / "more").iterdir()] == ["file"]
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+
+    def late() -> None:
+        with staged_folder(out) as folder:
+            (folder / "file").write_text("late")
+            write(out, "early")
+
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        late()
+    assert (out / "file").read_text() == "early"
+    assert list(tmp_path.iterdir()) == [out]

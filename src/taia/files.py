@@ -79,6 +79,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _sync_tree(partial)
         refuse_stopped()
+        refuse_existing(out, overwrite=overwrite)  # another process may have been faster
         _swap(partial, out)
     except OSError as error:
         _remove(partial)
