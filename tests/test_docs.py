@@ -91,8 +91,9 @@ def served(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(place, page, request, monkeypatch):
-    monkeypatch.setenv("TAIA_CACHE", str(place / "cache"))
+def test_commands_run(place, page, request, tmp_path, monkeypatch):
+    monkeypatch.setenv("TAIA_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(place, tmp_path / "place")  # pages may write to the same names
     for command in commands(page):
         if SERVER in command:
             command = command.replace(SERVER, request.getfixturevalue("served"))
@@ -105,22 +106,23 @@ def test_commands_run(place, page, request, monkeypatch):
             words = [sys.executable, str(ROOT / words[1]), *words[2:], *once]
         else:
             words[0] = str(Path(sys.executable).with_name(words[0]))
-        done = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 @pytest.mark.slow
-def test_python_of_the_readme_runs(place, monkeypatch):
+def test_python_of_the_readme_runs(place, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.chdir(place)
+    folder = shutil.copytree(place, tmp_path / "place")
+    monkeypatch.chdir(folder)
     blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     tokenizer = AutoTokenizer.from_pretrained("base")
     inputs = {**tokenizer("hello", return_tensors="pt"), "max_new_tokens": 3}
     for block in blocks:
         exec(block, {"model": AutoModelForCausalLM.from_pretrained("base"), "inputs": inputs})
-    assert (place / "spliced" / "taia.json").is_file()
+    assert (folder / "spliced" / "taia.json").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -242,9 +242,10 @@ def test_names_go_where_transformers_puts_them(model_type):
 def test_the_shipped_rules_are_those_of_the_installed_transformers():
     import transformers
     from derive_layouts import TABLE, derive, to_json
-    from kind_configs import model_types
 
-    found, _ = derive(model_types())
+    from taia.derivation.models import causal_types
+
+    found, _ = derive(causal_types())
     assert TABLE.read_text() == to_json(found, transformers.__version__)
 
 
