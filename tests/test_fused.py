@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from itertools import product
 from pathlib import Path
@@ -253,3 +254,15 @@ def test_spans_tile_the_axis():
         spans = cut.spans()
         assert [start for start, _, _ in spans] == [0, *(stop for _, stop, _ in spans[:-1])]
         assert spans[-1][1] == cut.length
+
+
+def test_counts_that_no_model_has_are_refused(pair, adapters, tmp_path):
+    """Heads that happen to divide the rows, below zero."""
+    base, adapter = tmp_path / "base", adapters("phi3", "plain")[1]
+    shutil.copytree(pair("phi3")[0], base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_attention_heads": -3}))
+    with pytest.raises(taia.TaiaError, match="which of its rows are whose is not known"):
+        taia.splice(base, adapter, tmp_path / "out", "attention.q")
+    (base / "config.json").write_text(json.dumps(config | {"architectures": {"a": 1}}))
+    taia.extract(base, pair("phi3")[1], tmp_path / "extracted", 2)

@@ -303,10 +303,11 @@ def _config(planned: Plan, targets: Targets, rank: int) -> dict[str, Any]:
     wholly = {live.rpartition(".")[0] for live in targets.whole
               if not _whole_key(live, targets).endswith(".base_layer.bias")}  # fmt: skip
     biases = len(wholly) < len(targets.whole)
-    architectures = planned.base.config.get("architectures") or [""]
+    architectures = planned.base.config.get("architectures")
+    named_class = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if str(architectures[0]).endswith("ForCausalLM") else None,
+        "task_type": "CAUSAL_LM" if named_class.endswith("ForCausalLM") else None,
         "base_model_name_or_path": named,
         "r": rank,
         "lora_alpha": rank,

@@ -166,7 +166,7 @@ def _cut(
     else:
         groups, shares = 1, [heads, *[1 if rule == "queries" else kv_heads] * 2]
     unit, rest = divmod(rows, max(groups * sum(shares), 1))
-    if rest or not unit or not groups or 0 in shares or len(shares) != len(names):
+    if rest or not unit or groups < 1 or min(shares) < 1 or len(shares) != len(names):
         return None
     return Cut(axis, groups, tuple((n, s * unit) for n, s in zip(names, shares, strict=True)))
 

@@ -256,10 +256,11 @@ def _targets(adapter: Adapter, changes: list[Change]) -> list[str]:
     Last parts of names (`q_proj`) where the adapter was made by them and every module of
     that name is kept; the whole names of the modules otherwise.
     """
-    by_name = [c for c in adapter.modules.values() if not isinstance(c, StackedModule | TokenRows)]
-    kept = {change.name for change in changes if change in by_name}
-    shorts = {name.rpartition(".")[2] for name in kept}
-    lost = {change.name.rpartition(".")[2] for change in by_name if change.name not in kept}
+    kept, every = (
+        {change.name for change in some if not isinstance(change, StackedModule | TokenRows)}
+        for some in (changes, adapter.modules.values())
+    )
+    shorts, lost = ({name.rpartition(".")[2] for name in n} for n in (kept, every - kept))
     before = adapter.settings.target_modules
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
     plain = isinstance(before, list) and not any(adapter.config.get(key) for key in narrowing)
