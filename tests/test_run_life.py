@@ -103,6 +103,27 @@ def test_a_stopped_run_goes_on_with_its_patience(places, tmp_path):
     assert all((tensors(resumed.out)[n] == t).all() for n, t in tensors(straight.out).items())
 
 
+def test_a_signal_while_the_processes_agree_is_obeyed_at_the_next_step(monkeypatch):
+    from types import SimpleNamespace
+
+    from taia.training import callbacks
+
+    interrupt = callbacks.Interrupt()
+    watch = callbacks.watching(interrupt, lambda _: ())
+
+    def signalled(flag):
+        interrupt.asked = True
+        return flag
+
+    monkeypatch.setattr(callbacks, "any_of", signalled)
+    told = []
+    for _ in range(2):
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        watch.on_step_end(SimpleNamespace(do_eval=False), None, control)
+        told.append((control.should_save, control.should_training_stop, interrupt.obeyed))
+    assert told == [(False, False, False), (True, True, True)]
+
+
 def test_what_needs_a_validation_set_says_so(places, tmp_path):
     with pytest.raises(RecipeError, match="patience needs validation"):
         finetune(*places[:2], tmp_path / "o", patience=2, **FAST)

@@ -75,6 +75,7 @@ def test_two_processes_train_as_one_does(places, tmp_path):
     from safetensors.torch import load_file
 
     options = {"method": "molora"}  # of LoRA the next test shows it
+    options |= {"validation": str(places[1]), "validate_steps": 2}
     finetune(*places[:2], tmp_path / "one", **SAME | options)
     two_processes(places, tmp_path / "two", **options)
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
@@ -82,6 +83,7 @@ def test_two_processes_train_as_one_does(places, tmp_path):
     facts = [json.loads((tmp_path / n / "train.json").read_text()) for n in ("one", "two")]
     assert [fact["device"]["processes"] for fact in facts] == [1, 2]
     assert facts[0]["tokens"] == facts[1]["tokens"]
+    assert facts[0]["best"] == pytest.approx(facts[1]["best"], rel=1e-5)
     weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():

@@ -113,10 +113,13 @@ def refuse_broken(step: int, values: Mapping[str, float], batch: Sequence[str]) 
 
 
 class Interrupt:
-    """Set by the first Ctrl-C or SIGTERM inside `listening`; the second one ends the process."""
+    """`asked` by the first Ctrl-C or SIGTERM inside `listening`; a second one ends the process.
+
+    `obeyed` once the run stops for it, in all processes alike.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.obeyed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -175,8 +178,10 @@ def watching(interrupt: Interrupt, batch_of: Callable[[int], Sequence[str]]) -> 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.do_eval and state.global_step >= state.max_steps:
                 control.should_evaluate = True  # the last step may be the best one
-            interrupt.asked = any_of(interrupt.asked)  # or the others would wait for ever
-            if interrupt.asked:
+            # One process may be asked and the others not, so they agree, or some would wait for
+            # ever. A signal may also come while they do: it stays for the next step.
+            if any_of(interrupt.asked):
+                interrupt.obeyed = True
                 control.should_save = control.should_training_stop = True
 
         def on_log(

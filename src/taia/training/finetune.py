@@ -259,7 +259,7 @@ def _train(
         if recorder is not None:
             trainer.add_callback(recording(recorder))
         run_trainer(trainer, checkpoint)
-        if interrupt.asked:
+        if interrupt.obeyed:
             raise KeyboardInterrupt(
                 f"stopped at step {trainer.state.global_step} of {run.steps}; "
                 f"{out} can be resumed from there"
