@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,6 +344,57 @@ def test_the_order_is_the_same_for_any_number_of_workers(workers, place, base, t
         seen.append([batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()])
     assert len(seen[0]) == 10
     assert seen[0] == seen[1]
+
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+from taia.load import load_tokenizer
+from taia.sources import resolve
+from taia.training.corpus import make_corpus, read_data
+from taia.training.loop import make_trainer
+from taia.training.ready import make_ready
+from taia.training.settings import Settings
+
+options, out = json.loads(sys.argv[1]), sys.argv[2]
+stated = Settings(**options)
+tokenizer = load_tokenizer(options["base"])
+corpus = make_corpus(stated, read_data(stated), tokenizer)
+made = make_ready(stated, resolve(options["base"]).form, tokenizer)
+trainer = make_trainer(
+    made.model, [corpus.examples[n] for n in corpus.order], stated, Path(out),
+    padding=256, save_steps=9, additions=made.additions,
+)
+seen = [
+    [[token for token, real in zip(ids, mask) if real] for ids, mask in zip(*rows)]
+    for batch in trainer.get_train_dataloader()
+    for rows in [(batch["input_ids"].tolist(), batch["attention_mask"].tolist())]
+]
+with open(out + "-" + os.environ.get("RANK", "0"), "w") as file:
+    json.dump([seen, [corpus.examples[n]["input_ids"] for n in corpus.order]], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_the_same_batches(place, base, tmp_path):
+    options = FAST | {"base": str(base), "data": stated(place, "annealed")}
+    (tmp_path / "worker.py").write_text(WORKER)
+    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "ddp.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    words = [*launch, tmp_path / "worker.py", json.dumps(options), tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [json.loads((tmp_path / f"out-{rank}").read_text()) for rank in (0, 1)]
+    (first, order), (second, same) = told
+    assert order == same
+    assert len(first) == len(second) == 10
+    for step, parts in enumerate(zip(first, second, strict=True)):
+        rows = [row for part in parts for row in part]
+        assert sorted(rows) == sorted(order[4 * step : 4 * step + 4])
 
 
 class StopError(Exception):
