@@ -47,7 +47,7 @@ class Row:
     projection: str | None
     tower: str
     at: int | None
-    offset: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

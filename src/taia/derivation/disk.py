@@ -15,7 +15,7 @@ from typing import Any
 
 from taia.derivation.names import INTEGER, pattern
 from taia.derivation.rules import PROJECTIONS, projection_of
-from taia.derivation.walk import Row
+from taia.kind_table import Row
 
 FAR = 900001
 """A layer number that no model has."""

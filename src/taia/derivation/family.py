@@ -28,7 +28,8 @@ from typing import Any
 from taia.derivation.disk import disk_rows, stale_rows
 from taia.derivation.models import FOREIGN, architectures, build, variants
 from taia.derivation.names import INTEGER, pattern
-from taia.derivation.walk import Row, Structure, structure
+from taia.derivation.walk import Structure, structure
+from taia.kind_table import Row
 
 LEAF = re.compile(r"\.(weight|bias)$")
 

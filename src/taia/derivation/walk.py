@@ -31,23 +31,13 @@ from taia.derivation.rules import (
     projection_of,
 )
 from taia.derivation.towers import PROJECTOR_LOOSE, tower_of
+from taia.kind_table import Row
 
-__all__ = ["Row", "Structure", "UnclassifiedError", "addresses", "structure"]
+__all__ = ["Structure", "UnclassifiedError", "addresses", "structure"]
 
 
 class UnclassifiedError(Exception):
     """Tensors that no rule fits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The address of one tensor. `at`: which integer of its name is the layer, less `offset`."""
-
-    kind: str
-    projection: str | None
-    tower: str
-    at: int | None
-    offset: int = 0
 
 
 @dataclass(frozen=True)
