@@ -50,9 +50,9 @@ def make_run(folder: Path, *, tasks: tuple[str, ...] = ("radio", "socialiqa", "s
                     prompt_hash=f"{number:016x}",
                     prediction=int(right),
                     target=1,
-                    correct=int(right),
+                    correct=float(right),
                     metric="acc_norm",
-                    metrics={"acc": int(right), "acc_norm": int(right)},
+                    metrics={"acc": float(right), "acc_norm": float(right)},
                     loglikelihoods=(-1.5, -2.0),
                 )
                 for number, right in enumerate(correct)

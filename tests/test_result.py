@@ -37,9 +37,9 @@ def example(task: str, index: int, correct: int) -> Example:
         prompt_hash="0123456789abcdef",
         prediction=0 if correct else 1,
         target=0,
-        correct=correct,
+        correct=float(correct),
         metric="acc_norm",
-        metrics={"acc": 0, "acc_norm": correct},
+        metrics={"acc": 0.0, "acc_norm": float(correct)},
         loglikelihoods=(-1.25, -7.5),
     )
 
@@ -85,6 +85,13 @@ def test_a_line_reads_back_as_it_was():
     assert "\n" not in one.to_json()
 
 
+def test_a_line_from_before_there_were_subjects_reads_with_defaults():
+    fields = json.loads(example("a", 0, 1).to_json())
+    for later in ("parsed", "subject"):
+        del fields[later]
+    assert Example.from_json(json.dumps(fields | {"correct": 1})) == example("a", 0, 1)
+
+
 def test_results_and_their_summary(run):
     results = read_results(run)
     assert results.tasks == ("a", "b")
@@ -117,7 +124,7 @@ def damage(path, how):
     elif how == "unknown field":
         path.write_text("\n".join([lines[0], lines[1][:-1] + ', "extra": 1}', *lines[2:]]) + "\n")
     elif how == "wrong type":
-        path.write_text(text.replace('"correct": 0', '"correct": "no"'))
+        path.write_text(text.replace('"correct": 0.0', '"correct": "no"'))
     elif how == "twice":
         path.write_text("".join(line + "\n" for line in [*lines[:-1], lines[0]]))
     elif how == "other example":

@@ -207,7 +207,7 @@ def _check_inputs(cell: Cell) -> dict[str, str]:
     scoring = stated.evaluate
     check_options(
         scoring.protocol, scoring.limit, scoring.batch_size, scoring.dtype,
-        stated.adapter, stated.tuned,
+        stated.adapter, stated.tuned, scoring.shots,
     )  # fmt: skip
     inputs = {"base": identity(resolve(cell.base))}
     variants = parse_variants(stated.evaluate.variants)
@@ -321,6 +321,7 @@ def _evaluate(cell: Cell, console: Console) -> None:
         data=cell.eval_data,
         limit=stated.limit,
         protocol=stated.protocol,
+        shots=stated.shots,
         batch_size=stated.batch_size,
         dtype=stated.dtype,
         seed=cell.recipe.seed if stated.seed is None else stated.seed,

@@ -103,6 +103,7 @@ class Evaluate(_Part):
     data: str | None = None
     limit: int | None = None
     protocol: str = "chat"
+    shots: int = 0
     batch_size: int = 32
     dtype: str = "bfloat16"
     seed: int | None = None

@@ -211,6 +211,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, help="a folder of JSON Lines; the hub without it")
     add("--limit", type=int, help="the first so many examples a task")
     add("--protocol", default="chat", help="chat (the model's template, default) or plain")
+    add("--shots", type=int, default=0, help="few-shot examples before each question (default: 0)")
     add("--batch-size", type=int, default=32, help="prompt and choice pairs a batch (default: 32)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     _add_seed(parser)
@@ -232,8 +233,8 @@ def evaluate(options: argparse.Namespace) -> None:
     score(
         options.base, options.out, tasks=split_list(options.tasks), adapter=options.adapter,
         tuned=options.tuned, variants=chosen, data=options.data, limit=options.limit,
-        protocol=options.protocol, batch_size=options.batch_size, dtype=options.dtype,
-        seed=options.seed, overwrite=options.overwrite,
+        protocol=options.protocol, shots=options.shots, batch_size=options.batch_size,
+        dtype=options.dtype, seed=options.seed, overwrite=options.overwrite,
     )  # fmt: skip
     print_summary(options.out, options.as_json)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from taia.errors import EvaluationError, nearest
+from taia.evaluation.protocol import check_protocol
 from taia.evaluation.scoring import quiet_lm_eval
 from taia.evaluation.tasks import utils
 
@@ -80,9 +81,18 @@ def find_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskSour
     return tuple(found)
 
 
-def load_task(task: TaskSource) -> Task:
-    """lm-eval's task object with its records. Raises EvaluationError (hub, records)."""
+def load_task(task: TaskSource, *, protocol: str = "chat", shots: int = 0) -> Task:
+    """lm-eval's task object with its records, as `protocol` asks it after `shots` examples.
+
+    Raises EvaluationError (hub, records, no few-shot examples).
+    """
     from lm_eval.tasks import TaskManager
+
+    faults = check_protocol(protocol, shots)
+    if shots > 0:
+        faults.append(f"{task.name}: has no few-shot examples beside those that are scored")
+    if faults:
+        raise EvaluationError("the task cannot be run:", faults)
 
     spec: str | dict[str, Any] = str(task.yaml)
     if task.yaml == GENERIC:

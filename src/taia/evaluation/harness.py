@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError, OutputError, RecipeError
 from taia.evaluation.catalogue import TaskSource, find_tasks, load_task
+from taia.evaluation.protocol import check_protocol
 from taia.evaluation.result import (
     Example,
     Settings,
@@ -50,10 +51,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
 
-__all__ = ["PROTOCOLS", "Progress", "check_options", "evaluate"]
-
-PROTOCOLS = ("chat", "plain")
-"""`chat`: the prompt is a user turn of the model's chat template. `plain`: the bare text."""
+__all__ = ["Progress", "check_options", "evaluate"]
 
 RUN_MARKS = ("settings.json", "recipe.yaml", "lock.json", "train")
 """A folder that holds one of these is a run, so results may be added to it."""
@@ -82,6 +80,7 @@ def evaluate(
     data: str | Path | None = None,
     limit: int | None = None,
     protocol: str = "chat",
+    shots: int = 0,
     batch_size: int = 32,
     dtype: str = "bfloat16",
     seed: int = 0,
@@ -93,11 +92,12 @@ def evaluate(
 
     `variants`: presets, selections, or NAME=SELECTION; without `adapter` or `tuned` only
     the base. `data`: a folder of JSON Lines, None is the hub. `limit`: the first so many
-    records of every task. `batch_size` counts (prompt, choice) pairs. `overwrite` starts
-    over; `resume` keeps complete files that the same settings made.
+    records of every task. `shots`: few-shot examples before each question. `batch_size`
+    counts (prompt, choice) pairs. `overwrite` starts over; `resume` keeps complete files that
+    the same settings made.
     Raises a TaiaError; what was complete by then stays.
     """
-    check_options(protocol, limit, batch_size, dtype, adapter, tuned)
+    check_options(protocol, limit, batch_size, dtype, adapter, tuned, shots)
     out = Path(out)
     earlier = _earlier(out, overwrite=overwrite)
     named = parse_variants(variants)
@@ -122,6 +122,7 @@ def evaluate(
         tasks={},
         variants=named,
         versions=_versions(),
+        shots=shots,
     )
     job = Job(out, asked, found, base, change, on_progress)
     if earlier is not None:
@@ -171,13 +172,13 @@ def check_options(
     dtype: str,
     adapter: str | Path | None,
     tuned: str | Path | None,
+    shots: int = 0,
 ) -> None:
     """Raise RecipeError with every option that no evaluation can have."""
     faults = []
     if dtype not in DTYPES:
         faults.append(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if protocol not in PROTOCOLS:
-        faults.append(f"protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    faults += check_protocol(protocol, shots)
     if limit is not None and limit < 1:
         faults.append(f"limit {limit}: at least 1 example, or leave it out for all")
     if batch_size < 1:
@@ -264,7 +265,10 @@ def _run(job: Job, earlier: Settings | None, *, overwrite: bool) -> None:
     needed = {task.name: task for tasks in missing.values() for task in tasks}
     if not needed:
         return
-    loaded = {name: load_task(task) for name, task in needed.items()}
+    loaded = {
+        name: load_task(task, protocol=job.asked.protocol, shots=job.asked.shots)
+        for name, task in needed.items()
+    }
     infos = {
         task.name: _task_info(job, task, loaded[task.name])
         if task.name in loaded

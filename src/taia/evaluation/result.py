@@ -48,9 +48,13 @@ class Example:
     """One answered question.
 
     `prediction` and `target` are indices of choices, or texts where the task is free-form.
-    `correct` is 0 or 1 by the primary metric, whose name is `metric`; `metrics` holds every
-    metric. `loglikelihoods`: one for each choice, natural logarithm, empty where there are none.
+    `correct` is the primary metric, whose name is `metric`, from 0 to 1: 0 or 1 where an answer
+    is right or wrong, a share where it can be partly right (F1, ROUGE-L); `metrics` holds every
+    metric in the same unit. `parsed`: whether an answer could be read; where not, `correct` is
+    0. `subject`: the examples that statistics count as one cluster, empty where there are none.
+    `loglikelihoods`: one for each choice, natural logarithm, empty for generated answers.
     `prompt_hash`: the first 16 hex digits of the prompt's sha256.
+    Files from before `parsed` and `subject` hold multiple choice alone and read with defaults.
     """
 
     __pydantic_config__ = STRICT
@@ -60,10 +64,12 @@ class Example:
     prompt_hash: str
     prediction: int | str
     target: int | str
-    correct: int
+    correct: float
     metric: str
-    metrics: dict[str, int]
-    loglikelihoods: tuple[float, ...]
+    metrics: dict[str, float]
+    loglikelihoods: tuple[float, ...] = ()
+    parsed: bool = True
+    subject: str = ""
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -103,6 +109,7 @@ class Settings:
     """What was asked of an evaluation; settings.json is this.
 
     `base_identity` and `tuned_identity` tell whether the files behind the names changed.
+    `shots`: worked examples before each question; 0 in files from before there were any.
     """
 
     __pydantic_config__ = STRICT
@@ -121,6 +128,7 @@ class Settings:
     tasks: dict[str, TaskInfo]
     variants: tuple[Variant, ...]
     versions: dict[str, str]
+    shots: int = 0
 
     def to_json(self) -> str:
         """The text of settings.json."""
@@ -153,8 +161,8 @@ class Results:
         """The names of the tasks in the order in which they were asked for."""
         return tuple(self.settings.tasks)
 
-    def correct(self, variant: str, task: str) -> tuple[int, ...]:
-        """0 or 1 for each example, in the order that all variants share."""
+    def correct(self, variant: str, task: str) -> tuple[float, ...]:
+        """The primary metric of each example, 0 to 1, in the order that all variants share."""
         return tuple(example.correct for example in self.examples[variant, task])
 
 
@@ -250,6 +258,7 @@ def mending_command(settings: Settings, folder: Path) -> str:
         ("--protocol", settings.protocol, "chat"),
         ("--dtype", settings.dtype, "bfloat16"),
         ("--seed", settings.seed, 0),
+        ("--shots", settings.shots, 0),
     ):
         if value != usual:
             words += [option, str(value)]

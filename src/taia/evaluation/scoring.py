@@ -138,10 +138,11 @@ def _example(task: str, metric: str, sample: dict[str, Any]) -> Example:
         prompt_hash=sample["prompt_hash"][:16],
         prediction=ranked.index(max(ranked)),
         target=int(sample["target"]),
-        correct=int(sample[metric]),
+        correct=float(sample[metric]),
         metric=metric,
-        metrics={key: int(sample[key]) for key in ("acc", "acc_norm")},
+        metrics={key: float(sample[key]) for key in ("acc", "acc_norm")},
         loglikelihoods=tuple(round(value, 6) for value in values),
+        subject=doc["subject"],
     )
 
 
