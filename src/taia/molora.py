@@ -160,7 +160,8 @@ class MoLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
     def _gates(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """(..., experts), float32: bfloat16 would turn near logits into ties."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.lora_router[name](x).float()
+            router = self.lora_router[name]
+            logits = router(x.to(router.weight.dtype)).float()
         dropout = self.expert_dropout[name] if self.training else 0.0
         weights = gates(logits, self.chosen[name], dropout)
         if self.training:

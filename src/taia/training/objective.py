@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError
 from taia.routing import Routing, balance_loss
+from taia.training.labelled import at_labels, can_choose_places
 from taia.training.penalties import deltas, ewc, kl, l2, without_adapter
 from taia.training.spans import IGNORED
 
@@ -115,13 +116,15 @@ class Objective:
     def _kl(self, outputs: Any, inputs: Mapping[str, Any], part: Part) -> Tensor:
         import torch
 
-        labels = inputs["labels"]
-        reference = {key: value for key, value in inputs.items() if key != "labels"}
+        reference = {key: value for key, value in inputs.items() if "labels" not in key}
         with torch.no_grad(), without_adapter(self.model):
             base = self.model(**reference).logits
-        value = kl(outputs.logits, base, labels)
+        tuned, following = outputs.logits, inputs.get("shift_labels")
+        if following is None:  # logits are there for all places, the last of which predicts nothing
+            tuned, base, following = tuned[:, :-1], base[:, :-1], inputs["labels"][:, 1:]
+        value = kl(tuned, base, following)
         if part.items is None:
-            return value / (labels[:, 1:] != IGNORED).sum()
+            return value / (following != IGNORED).sum()
         return value / part.items * part.processes
 
     def _note(self, name: str, value: Tensor) -> None:
@@ -135,7 +138,10 @@ def make_trainer_class(added: Additions) -> type[Trainer]:
     class WithAdditions(Trainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.objective = Objective(self.accelerator.unwrap_model(self.model), added)
+            inner = self.accelerator.unwrap_model(self.model)
+            self.objective = Objective(inner, added)
+            # The kernels of liger-kernel fuse head and loss, and so never make these logits.
+            self.chooses = can_choose_places(inner) and not self.args.use_liger_kernel
 
         def compute_loss(
             self,
@@ -145,6 +151,8 @@ def make_trainer_class(added: Additions) -> type[Trainer]:
             num_items_in_batch: Any = None,
         ) -> Any:
             self.objective.expect(inputs.get("attention_mask"))
+            if self.chooses and model.training:
+                inputs = at_labels(inputs)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             shared = self.args.average_tokens_across_devices
             part = Part(

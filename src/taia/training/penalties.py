@@ -110,17 +110,17 @@ def ewc(changes: Iterator[Delta], fisher: Callable[[str], Tensor]) -> Tensor:
     return _total(weighted(change) for change in changes)
 
 
-def kl(tuned: Tensor, base: Tensor, labels: Tensor) -> Tensor:
-    """KL(tuned || base), summed over the tokens that have a label; a scalar.
+def kl(tuned: Tensor, base: Tensor, following: Tensor) -> Tensor:
+    """KL(tuned || base), summed over the places that have to predict a label; a scalar.
 
-    Logits are (examples, length, vocabulary), labels (examples, length); the logits at a place
-    predict the next label. One example at a time is widened to float32.
+    Logits are (examples, places, vocabulary), `following` (examples, places): the label that the
+    logits of that place predict. One example at a time is widened to float32.
     """
     from torch.utils.checkpoint import checkpoint
 
     return _total(
         checkpoint(_kl_of_one, *row, use_reentrant=False, preserve_rng_state=False)
-        for row in zip(tuned[:, :-1], base[:, :-1], labels[:, 1:] != IGNORED, strict=True)
+        for row in zip(tuned, base, following != IGNORED, strict=True)
     )
 
 

@@ -10,6 +10,7 @@ from taia.selection import Selection
 from taia.sources import Form
 from taia.training.data import encode_all, read_chats
 from taia.training.fisher import Fisher, cached_fisher
+from taia.training.labelled import keep_input_dtype
 from taia.training.objective import Additions
 from taia.training.penalties import frozen_copy
 from taia.training.settings import Settings
@@ -67,6 +68,8 @@ def make_ready(settings: Settings, form: Form, tokenizer: PreTrainedTokenizerBas
             copy = frozen_copy(model, dtype)
     else:
         model = _with_adapter(model, train, settings)
+        if settings.dtype == "bfloat16" and settings.method in {"lora", "molora"}:
+            keep_input_dtype(model)  # training runs under autocast then
     model.config.use_cache = False
     facts: dict[str, Any] = {}
     if information is not None:
