@@ -21,7 +21,7 @@ from taia.training.spans import IGNORED
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["collate", "micro_batch", "training_order"]
+__all__ = ["collate", "longest_row", "micro_batch", "training_order"]
 
 STRETCH = 50
 """Batches in which lengths are sorted; more spares more padding and shuffles less."""
@@ -53,6 +53,11 @@ def training_order(lengths: Sequence[int], batch_size: int, total: int, seed: in
         generator.shuffle(batches)
         order += [number for batch in batches + rest for number in batch]
     return order
+
+
+def longest_row(examples: Sequence[Example]) -> int:
+    """The tokens of the longest example."""
+    return max(len(example["input_ids"]) for example in examples)
 
 
 def micro_batch(batch_size: int, longest: int, vocabulary: int) -> int:

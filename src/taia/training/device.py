@@ -45,9 +45,15 @@ class Device:
         return f"{self.name}{several}: {self.dtype}, {self.attention} attention{liger}"
 
 
-def choose_device(settings: Settings, model: PreTrainedModel) -> Device:
+SHORT = 256
+"""Tokens of a row up to which plain matrix products beat the fused attention of a CPU: the way
+back through it costs several times the way there (a seventh of a step of a model of 135M)."""
+
+
+def choose_device(settings: Settings, model: PreTrainedModel, longest: int) -> Device:
     """The best that is there for `settings`; the model's attention is set to it.
 
+    `longest`: tokens of the longest row. On a CPU short rows take plain (eager) attention.
     FlashAttention needs a GPU, bfloat16 and the package flash-attn. Liger kernels need a GPU and
     liger-kernel; they compute the loss without logits, so not where a penalty needs these.
     Raises RecipeError for a GPU that cannot compute in the dtype.
@@ -55,6 +61,8 @@ def choose_device(settings: Settings, model: PreTrainedModel) -> Device:
     import torch
 
     if not torch.cuda.is_available():
+        if longest <= SHORT:
+            model.set_attn_implementation("eager")
         return Device("cpu", world(), settings.dtype, _attention(model), liger=False)
     if settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise RecipeError("dtype bfloat16: this CUDA device cannot compute in it; use float32")

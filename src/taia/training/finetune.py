@@ -31,6 +31,7 @@ from taia.errors import OutputError, RecipeError
 from taia.load import load_tokenizer, quiet_transformers
 from taia.sources import resolve
 from taia.training import folder
+from taia.training.batches import longest_row
 from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
 from taia.training.corpus import Corpus, digest_of_data, make_corpus, read_data
 from taia.training.data import Encoded, digest, encode_all, read_chats
@@ -212,7 +213,7 @@ def _prepare(settings: Settings) -> _Run:
     return _Run(
         settings=settings,
         ready=ready,
-        device=choose_device(settings, ready.model),
+        device=choose_device(settings, ready.model, longest_row(corpus.examples)),
         tokenizer=tokenizer,
         corpus=corpus,
         validation=validation,

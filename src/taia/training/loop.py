@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError, nearest
-from taia.training.batches import collate, micro_batch
+from taia.training.batches import collate, longest_row, micro_batch
 from taia.training.data import Example
 from taia.training.device import choose_device
 from taia.training.objective import Additions, make_trainer_class
@@ -108,8 +108,9 @@ def _arguments(
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
-    device = choose_device(settings, model)
-    part, parts = _shares(model, examples, settings)
+    longest = longest_row(examples)
+    device = choose_device(settings, model, longest)
+    part, parts = _shares(model, longest, settings)
     steps = math.ceil(len(examples) / settings.batch_size)
     validated: dict[str, Any] = {}
     if settings.validation is not None:
@@ -181,14 +182,11 @@ def _filled(examples: Sequence[Example], batch_size: int, padding: int) -> Seque
     return [*examples, *[nothing] * missing]
 
 
-def _shares(
-    model: PreTrainedModel, examples: Sequence[Example], settings: Settings
-) -> tuple[int, int]:
+def _shares(model: PreTrainedModel, longest: int, settings: Settings) -> tuple[int, int]:
     """Examples at once on one device, and how many such parts make up its share of a batch."""
     share, rest = divmod(settings.batch_size, world())
     if rest:
         raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world()} processes")
-    longest = max(len(example["input_ids"]) for example in examples)
     vocabulary = model.config.get_text_config().vocab_size
     if "kl" in settings.penalty:
         vocabulary *= 2  # the logits of the base are there as well
