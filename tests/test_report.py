@@ -18,13 +18,10 @@ from taia.errors import EvaluationError, SourceError
 from taia.evaluation.result import Example, Settings, TaskInfo, Variant, read_results
 from taia.evaluation.summary import Summary, summarise
 from taia.report import report, verdict
-from taia.report_plots import (
+from taia.report_plots import heat_map, label, loss_curve, nice_axis
+from taia.report_scores import (
     difference_axis,
     forest,
-    heat_map,
-    label,
-    loss_curve,
-    nice_axis,
     ranks,
     score_table,
 )
@@ -203,19 +200,23 @@ def test_markdown_holds_every_number_of_the_table_and_both_references(evaluation
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "words"),
+    ("mean", "low", "high", "p", "words"),
     [
-        (0.03, 0.01, 0.05, "3.0 points above Vanilla (95% interval 1.0 to 5.0: the difference is"),
-        (-0.03, -0.05, -0.01, "3.0 points below Vanilla (95% interval -5.0 to -1.0: the"),
-        (0.01, -0.01, 0.03, "1.0 point above Vanilla (95% interval -1.0 to 3.0: the difference"),
-        (0.0, -0.01, 0.01, "level with Vanilla"),
+        (0.03, 0.01, 0.05, 0.01, "3.0 points above Vanilla (95% interval 1.0 to 5.0: the differ"),
+        (-0.03, -0.05, -0.01, 0.01, "3.0 points below Vanilla (95% interval -5.0 to -1.0: the"),
+        (0.03, 0.01, 0.05, 0.2, "1.0 to 5.0: the difference is not distinguishable from zero"),
+        (0.01, -0.01, 0.03, 0.9, "1.0 point above Vanilla (95% interval -1.0 to 3.0: the diff"),
+        (0.0, -0.01, 0.01, 1.0, "level with Vanilla"),
     ],
 )
-def test_the_verdict_says_either_way(mean: float, low: float, high: float, words: str) -> None:
+def test_the_verdict_says_either_way(
+    mean: float, low: float, high: float, p: float, words: str
+) -> None:
     row = {"standard_error": 0.01, "accuracy": 0.4, "differences": {}}
-    change = {"mean": mean, "low": low, "high": high, "examples": 10}
+    change = {"mean": mean, "low": low, "high": high, "p_holm": p, "detectable": 0.028}
     summary = {
         "tasks": {"a": {"examples": 10}},
+        "comparisons": 12,
         "means": [
             row | {"variant": "vanilla"},
             row | {"variant": "taia", "differences": {"vanilla": change}},
@@ -223,8 +224,10 @@ def test_the_verdict_says_either_way(mean: float, low: float, high: float, words
     }
     told = " ".join(verdict(summary)).replace("\N{MINUS SIGN}", "-")
     assert words in told
-    assert ("is not distinguishable" in told) == (low <= 0 <= high)
+    assert ("is not distinguishable" in told) == (p >= 0.05)
     assert "highest score is that of Vanilla and TAIA" in told
+    assert "p < 5%, by Holm's method over 12 comparisons" in told
+    assert "differences below 2.8 points" in told
 
 
 class Loads(HTMLParser):
@@ -338,13 +341,15 @@ def test_forest_places_every_interval_on_the_axis(evaluation: Path) -> None:
     axis = difference_axis(summary)
     plot = forest(summary, "vanilla", axis)
     assert plot is not None
-    assert [name for name, _ in plot.groups] == ["Average", "radio", "socialiqa", "singer"]
-    for _, items in plot.groups:
-        assert [item.variant for item in items] == ["base", "taia", "taif"]
-        for item in items:
+    assert [group.name for group in plot.groups] == ["Average", "radio", "socialiqa", "singer"]
+    for group in plot.groups:
+        assert [item.variant for item in group.items] == ["base", "taia", "taif"]
+        assert float(group.detectable) > 0
+        for item in group.items:
             assert 0 <= item.left <= item.dot <= item.left + item.width <= 100.01
             crosses = item.left <= plot.zero <= item.left + item.width
             assert (item.verdict == "open") == crosses
+            assert not (item.sure and crosses)
     assert forest(summary, "taia", axis) is None
 
 

@@ -99,7 +99,8 @@ def test_results_and_their_summary(run):
     summary = summarise(results)
     assert json.loads(json.dumps(summary)) == summary
     assert summary["tasks"]["b"] == {
-        "examples": 2, "metric": "acc_norm", "source": "hub:b[test]", "sha256": None
+        "examples": 2, "metric": "acc_norm", "source": "hub:b[test]", "sha256": None,
+        "subjects": 0,
     }  # fmt: skip
     rows = {(row["variant"], row["task"]): row for row in summary["scores"]}
     assert rows["vanilla", "a"]["accuracy"] == 0.25

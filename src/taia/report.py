@@ -22,15 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import DependencyError, EvaluationError, SourceError
+from taia.evaluation.power import LEVEL
 from taia.files import atomic_write
-from taia.report_plots import (
-    difference_axis,
-    forest,
-    heat_map,
-    label,
-    loss_curve,
-    score_table,
-)
+from taia.report_plots import heat_map, label, loss_curve
+from taia.report_scores import difference_axis, forest, how_asked, score_table
+from taia.report_text import DETECTABLE, corrected
 
 if TYPE_CHECKING:
     from taia.evaluation.summary import Summary
@@ -91,7 +87,8 @@ def read_run(folder: Path) -> Run:
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """What came out, one sentence a variant, by the same rules whichever way it went.
 
-    A difference is called distinguishable from zero when its 95% interval excludes zero.
+    A difference is called distinguishable from zero when its p value is below 5% after Holm's
+    correction over all comparisons of the run.
     """
     from taia.evaluation.summary import REFERENCES
 
@@ -113,6 +110,12 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         sentences.append(", ".join([told, " and ".join(compared)] if compared else [told]) + ".")
     if len(means) > 1:
         sentences.append(_highest(means))
+    smallest = [one["detectable"] for row in means.values() for one in row["differences"].values()]
+    if smallest:
+        sentences.append(
+            f"Distinguishable means {corrected(summary)}; so many examples would miss most "
+            f"differences below {100 * max(smallest):.1f} points."
+        )
     return sentences
 
 
@@ -128,7 +131,7 @@ def _compared(reference: str, difference: Mapping[str, Any]) -> str:
     amount = f"{abs(mean):.1f}"
     unit = "point" if amount == "1.0" else "points"
     place = f"{amount} {unit} {_side(mean)}" if float(amount) else "level with"
-    certain = "is" if low > 0 or high < 0 else "is not"
+    certain = "is" if difference["p_holm"] < LEVEL else "is not"
     bounds = f"{low:.1f} to {high:.1f}".replace("-", MINUS)
     return (
         f"{place} {label(reference)} (95% interval {bounds}: the difference {certain} "
@@ -166,6 +169,11 @@ def render_html(run: Run) -> str:
         summary=summary,
         table=score_table(summary),
         forests=forests,
+        asked=how_asked(summary),
+        corrected=corrected(summary),
+        detectable=DETECTABLE,
+        unread=_unread(summary),
+        clustered=[name for name, task in summary["tasks"].items() if task["subjects"]],
         curve=loss_curve(run.log),
         heat=heat_map(run.deltas),
         training=_training(run.training),
@@ -177,12 +185,22 @@ def render_html(run: Run) -> str:
     )
 
 
+def _unread(summary: Summary) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """Tasks with answers that could not be read: for each variant how many, of how many."""
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for row in summary["scores"]:
+        told = (row["variant"], row["unparsed"], row["examples"])
+        found.setdefault(row["task"], []).append(told)
+    return [(task, rows) for task, rows in found.items() if any(count for _, count, _ in rows)]
+
+
 def _settings(summary: Summary) -> list[tuple[str, str]]:
     limit = summary["limit"]
     return [
         ("Base model", _short(summary["base"])),
         ("Fine-tuned model", _short(summary["tuned"] or "none")),
-        ("Prompt format", summary["protocol"]),
+        ("Protocol", summary["protocol"]),
+        ("Few-shot examples", str(summary["shots"])),
         ("Examples a task", "all" if limit is None else f"at most {limit:,}"),
         ("Seed", str(summary["seed"])),
     ]

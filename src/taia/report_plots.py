@@ -1,12 +1,9 @@
-"""What a report shows, as plain values: tables, intervals, curves, heat maps.
+"""The pictures of a report as plain values: axes, curves, heat maps.
 
-Everything here is a pure function from the contents of a run's files to small frozen
-values, whose positions are percentages of a chart's width or height. The template puts
-them on the page; the terminal table reads the same values. No third-party plotting code
-is inlined: the charts are a few kilobytes of HTML and SVG that follow the reader's
-colour scheme, scale with the screen and print.
-
-Units: accuracies and differences come in as fractions and go out in percentage points.
+Everything here is a pure function from the contents of a run's files to small frozen values,
+whose positions are percentages of a chart's width or height. The template puts them on the
+page. No third-party plotting code is inlined: the charts are a few kilobytes of HTML and SVG
+that follow the reader's colour scheme, scale with the screen and print.
 """
 
 from __future__ import annotations
@@ -17,19 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "DASH",
+    "MINUS",
     "Axis",
-    "Cell",
     "Curve",
-    "Forest",
     "HeatMap",
-    "ScoreTable",
-    "difference_axis",
-    "forest",
     "heat_map",
     "label",
     "loss_curve",
-    "ranks",
-    "score_table",
+    "nice_axis",
+    "number",
 ]
 
 LABELS = {
@@ -39,35 +33,8 @@ LABELS = {
     "taia-full": "TAIA (full)",
     "taif": "TAIF",
 }
-AVERAGE = "Average"
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 PROJECTION_ORDER = ("q", "k", "v", "qkv", "kv", "o", "gate", "up", "gate_up", "down")
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One accuracy: its text, its standard error, and its place (1 best, 2 second, else 0)."""
-
-    value: str
-    error: str
-    place: int
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One variant of the table."""
-
-    name: str
-    selection: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreTable:
-    """The paper's table: variants by tasks, the average last."""
-
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +48,6 @@ class Axis:
     def at(self, value: float) -> float:
         """The position of `value` in percent of the axis, clipped to it."""
         return round(min(100.0, max(0.0, 100 * (value - self.low) / (self.high - self.low))), 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A paired difference in percentage points; left, width and dot in percent of the axis."""
-
-    variant: str
-    text: str
-    interval: str
-    verdict: str  # better, worse, or open where the interval holds zero
-    left: float
-    width: float
-    dot: float
-
-
-@dataclass(frozen=True, slots=True)
-class Forest:
-    """Paired differences of every other variant from one reference, by task."""
-
-    against: str
-    axis: Axis
-    zero: float
-    groups: tuple[tuple[str, tuple[Interval, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,72 +87,6 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def ranks(values: Sequence[float]) -> list[int]:
-    """1 for the best shown value, 2 for the next one below it, 0 for the rest.
-
-    Equality is that of the shown text (one decimal of a percentage), so equal numbers on
-    the page are marked alike: all ties of the best are best, all ties of the second are
-    second. A column in which every value is equal, or that has one value, has no marks.
-    """
-    shown = [round(100 * value, 1) if math.isfinite(value) else -math.inf for value in values]
-    distinct = sorted(set(shown) - {-math.inf}, reverse=True)
-    if len(distinct) < 2:
-        return [0] * len(shown)
-    place = {distinct[0]: 1, distinct[1]: 2}
-    return [place.get(value, 0) for value in shown]
-
-
-def score_table(summary: Mapping[str, Any]) -> ScoreTable:
-    """Accuracy of every variant on every task, with the average where there are two tasks."""
-    tasks = list(summary["tasks"])
-    entries = {(row["variant"], row["task"]): row for row in summary["scores"]}
-    if len(tasks) > 1:
-        entries |= {(row["variant"], AVERAGE): row for row in summary["means"]}
-        tasks.append(AVERAGE)
-    variants = summary["variants"]
-    columns = []
-    for task in tasks:
-        column = [entries[variant["name"], task] for variant in variants]
-        places = ranks([entry["accuracy"] for entry in column])
-        columns.append(
-            [
-                Cell(_percent(entry["accuracy"]), _percent(entry["standard_error"]), place)
-                for entry, place in zip(column, places, strict=True)
-            ]
-        )
-    rows = tuple(
-        Row(variant["name"], variant["selection"], tuple(cells))
-        for variant, cells in zip(variants, zip(*columns, strict=True), strict=True)
-    )
-    return ScoreTable(tuple(tasks), rows)
-
-
-def forest(summary: Mapping[str, Any], against: str, axis: Axis) -> Forest | None:
-    """Paired differences from `against`, or None where nothing was compared with it."""
-    rows = [(AVERAGE, row) for row in summary["means"]] if len(summary["tasks"]) > 1 else []
-    rows += [(row["task"], row) for row in summary["scores"]]
-    groups: dict[str, list[Interval]] = {}
-    for group, row in rows:
-        difference = row["differences"].get(against)
-        if difference is not None and row["variant"] != against:
-            groups.setdefault(group, []).append(_interval(row["variant"], difference, axis))
-    if not groups:
-        return None
-    return Forest(
-        against, axis, axis.at(0), tuple((name, tuple(items)) for name, items in groups.items())
-    )
-
-
-def difference_axis(summary: Mapping[str, Any]) -> Axis:
-    """One axis for all differences of a report, so that its plots compare at a glance."""
-    ends = [0.0]
-    for row in [*summary["scores"], *summary["means"]]:
-        for difference in row["differences"].values():
-            ends += [100 * difference["low"], 100 * difference["high"]]
-    finite = [end for end in ends if math.isfinite(end)]
-    return nice_axis(min(*finite, -1.0), max(*finite, 1.0), signed=True)
-
-
 def nice_axis(low: float, high: float, *, signed: bool = False, wanted: int = 5) -> Axis:
     """An axis over [low, high], widened to round ticks of 1, 2 or 5 times a power of ten."""
     span = high - low if high > low else max(abs(high), 1.0)
@@ -220,7 +98,7 @@ def nice_axis(low: float, high: float, *, signed: bool = False, wanted: int = 5)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     axis = Axis(first * step, last * step, ())
     ticks = tuple(
-        (axis.at(index * step), _number(index * step, decimals, signed=signed))
+        (axis.at(index * step), number(index * step, decimals, signed=signed))
         for index in range(first, last + 1)
     )
     return Axis(axis.low, axis.high, ticks)
@@ -317,21 +195,6 @@ def _projection_order(key: tuple[str, str]) -> tuple[str, int, str]:
     return kind, place, projection
 
 
-def _interval(variant: str, difference: Mapping[str, Any], axis: Axis) -> Interval:
-    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
-    verdict = "better" if low > 0 else "worse" if high < 0 else "open"
-    left, right = axis.at(low), axis.at(high)
-    return Interval(
-        variant=variant,
-        text=_number(mean, 1, signed=True),
-        interval=f"{_number(low, 1, signed=True)} to {_number(high, 1, signed=True)}",
-        verdict=verdict,
-        left=left,
-        width=round(right - left, 2),
-        dot=axis.at(mean),
-    )
-
-
 def _within(axis: Axis, last: float) -> list[tuple[float, str]]:
     """The ticks of `axis` up to `last`, placed on an axis that ends there."""
     span = axis.high - axis.low
@@ -345,13 +208,7 @@ def _points(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> str:
     )
 
 
-def _percent(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{100 * value:.1f}"
-
-
-def _number(value: float, decimals: int, *, signed: bool = False) -> str:
+def number(value: float, decimals: int, *, signed: bool = False) -> str:
     """A number with a true minus sign, and a plus where `signed`; never a negative zero."""
     if not math.isfinite(value):
         return DASH
