@@ -99,7 +99,7 @@ def test_log_lines(straight):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert set(lines[0]) == {
         "step", "steps", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "seconds",
-        "tokens_per_second",
+        "tokens_per_second", "padded_tokens_per_second",
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(lines))
@@ -242,6 +242,26 @@ def test_lora_goes_where_the_selection_says(train, count, base):
     from taia.training.trainable import linear_targets
 
     assert len(linear_targets(load_model(base), train)) == count
+
+
+def test_layers_of_a_hybrid_are_told_apart_by_what_they_hold():
+    """Its attention and its mixer give their projections the same names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from taia.training.trainable import linear_targets
+
+    kinds = {"linear_attention": "mixer", "full_attention": "attention"}
+    config = AutoConfig.for_model(
+        "kimi_linear", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        layer_types=list(kinds), mlp_layer_types=["dense"] * 2, num_attention_heads=4,
+        linear_num_heads=2, linear_head_dim=8, kv_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8,
+        qk_rope_head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for layer, kind in enumerate(kinds.values()):
+        targets = linear_targets(model, kind)
+        assert all(f"layers.{layer}.self_attn." in name for name in targets)
+        assert f"model.layers.{layer}.self_attn.q_proj" in targets
 
 
 def test_layers_are_named_in_full_where_short_names_mean_more(base, data, tmp_path):

@@ -289,7 +289,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(place, base, tmp_path, capsys, m
     mixture = {"sources": TWO, "schedule": "staged", "held_out": "held.jsonl"}
     (place / "mix.yaml").write_text(json.dumps(mixture))
     (place / "held.jsonl").write_text('{"question": "A 3?", "choices": ["x", "y"], "answer": 0}\n')
-    words = ["train", "--base", str(base), "--data", str(place / "mix.yaml"), "--out", "out"]
+    words = ["train", "--base", str(base), "--data", str(place / "mix.yaml")]
     words += ["--dry-run", "--batch-size", "4", "--max-length", "45"]
     monkeypatch.setattr(sys, "argv", ["taia", *words, "--json"])
     with pytest.raises(SystemExit) as done:

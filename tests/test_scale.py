@@ -74,7 +74,7 @@ def test_two_processes_train_as_one_does(places, tmp_path):
     """Six steps of four examples; the same examples in every step, or the losses would differ."""
     from safetensors.torch import load_file
 
-    options = {"method": "molora"}  # of LoRA the next test shows it
+    options = {"method": "molora", "packing": True}  # of plain LoRA the next test shows it
     options |= {"validation": str(places[1]), "validate_steps": 2}
     finetune(*places[:2], tmp_path / "one", **SAME | options)
     two_processes(places, tmp_path / "two", **options)
@@ -153,8 +153,13 @@ def test_the_training_of_a_recipe_alone(places, tmp_path):
 
 
 def test_a_recipe_and_its_settings_are_stated_in_one_place(tmp_path):
-    command = [sys.executable, "-m", "taia", "train", "--out", str(tmp_path / "o")]
-    for words, told in ((["r.yaml", "--rank", "3"], "--rank"), ([], "--base and --data")):
+    command = [sys.executable, "-m", "taia", "train"]
+    out = ["--out", str(tmp_path / "o")]
+    for words, told in (
+        (["r.yaml", "--rank", "3", *out], "--rank"),
+        (out, "--base and --data"),
+        ([], "--out: needed"),
+    ):
         done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert told in done.stderr

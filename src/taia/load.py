@@ -27,9 +27,9 @@ from taia.sources import Form, Source, resolve
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "materialise", "require_chat_template"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "materialise", "require_chat_template"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -51,6 +51,22 @@ def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:
                 f"{found.text}: its tokenizer does not load ({_first_line(error)}). "
                 "The folder needs tokenizer.json, or the files of its own tokenizer"
             ) from error
+
+
+def load_config(source: str | Path | Source) -> PretrainedConfig:
+    """The configuration of a checkpoint or GGUF file. Raises SourceError, CheckpointError."""
+    from transformers import AutoConfig
+
+    found = _unpacked(resolve(source))
+    _check_form(found)
+    with quiet_transformers():
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(**_location(found))
+        except Exception as error:  # third-party parsers raise nearly anything
+            raise CheckpointError(
+                f"{found.text}: its configuration does not load ({_first_line(error)})"
+            ) from error
+    return config
 
 
 def load_model(

@@ -90,6 +90,7 @@ class Train(_Part):
     validate_steps: int = 100
     patience: int | None = None
     dtype: str = "bfloat16"
+    packing: bool = False
     save_steps: int = 100
     report_to: tuple[str, ...] = ()
     seed: int | None = None

@@ -39,7 +39,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         help="a JSON Lines file, a folder, a hub dataset id, or a mixture (YAML, or a .yaml file)",
     )
-    add("--out", required=True, type=Path, help="the folder of the adapter or model")
+    add("--out", type=Path, help="the folder of the adapter or model")
     add("--dry-run", action="store_true", help="tell what the data holds, and write nothing")
     add("--method", default="lora", help="lora (default), molora, dora or full")
     add("--train", metavar="SELECTION", default="all", help="what is trained (default: all)")
@@ -75,6 +75,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
+    add("--packing", action="store_true", help="several examples in a row, to spare padding")
     add("--max-examples", type=int, help="take the first so many examples")
     add("--validation", help="chats on which to take the loss; the best checkpoint is kept")
     add("--validate-steps", type=int, default=100, help="steps between (default: 100)")
@@ -121,6 +122,8 @@ def train(options: argparse.Namespace) -> None:
         else:
             print(told)
         return
+    if options.out is None:
+        raise RecipeError("--out: needed, for the adapter or model; only --dry-run goes without")
     result = _train_recipe(options) if options.recipe else _train_options(options)
     if not is_first():
         return
@@ -145,7 +148,7 @@ def _refuse_settings(options: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     train_options(parser)
     own = {"recipe", "out", "resume", "overwrite", "as_json", "dry_run"}
-    defaults = vars(parser.parse_args(["--out", "."]))
+    defaults = vars(parser.parse_args([]))
     stated = [f"--{name.replace('_', '-')}" for name, default in defaults.items()
               if name not in own and getattr(options, name) != default]  # fmt: skip
     if stated:
@@ -173,7 +176,7 @@ def _train_options(options: argparse.Namespace) -> TrainResult:
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
         batch_size=options.batch_size, max_length=options.max_length, dtype=options.dtype,
-        max_examples=options.max_examples, save_steps=options.save_steps,
+        packing=options.packing, max_examples=options.max_examples, save_steps=options.save_steps,
         validation=options.validation, validate_steps=options.validate_steps,
         patience=options.patience, report_to=options.report_to, seed=options.seed,
         resume=options.resume, overwrite=options.overwrite,

@@ -30,8 +30,9 @@ __all__ = ["Interrupt", "LogLine", "Recorder", "progress_bar", "read_log", "reco
 
 LogLine = Mapping[str, float]
 """One line of log.jsonl: step, steps, loss, learning_rate, grad_norm, epoch, tokens, seconds,
-tokens_per_second; of a mixture share_NAME, the share of a source in the batch; where one was taken,
-validation_loss; with penalties or experts also what `taia.training.objective` tells."""
+tokens_per_second, and with padding counted padded_tokens_per_second; of a mixture share_NAME, the
+share of a source in the batch; where one was taken, validation_loss; with penalties or experts also
+what `taia.training.objective` tells."""
 
 KNOWN = ("loss", "learning_rate", "grad_norm", "epoch")
 
@@ -47,15 +48,18 @@ class Recorder:
         examples: int,
         batch_size: int,
         tokens: Sequence[int],
+        padded: Sequence[int],
         from_step: int,
         shares: Sequence[LogLine] = (),
         on_progress: Callable[[LogLine], None] | None,
     ) -> None:
-        """`tokens`: those trained on up to and with each step, from step 1 on.
+        """`tokens`: those trained on up to and with each step, from step 1 on; `padded`: the same
+        with padding.
 
         `shares`: of the sources of a mixture, in the batch of each step.
         """
-        self.path, self.steps, self.tokens, self.shares = path, steps, tokens, shares
+        self.path, self.steps, self.shares = path, steps, shares
+        self.tokens, self.padded = tokens, padded
         self.epochs_a_step = batch_size / examples
         self.on_progress = on_progress
         self.lines: list[LogLine] = [line for line in read_log(path) if line["step"] <= from_step]
@@ -71,7 +75,7 @@ class Recorder:
         """Write the line of one step."""
         loss, norm = float(values["loss"]), float(values.get("grad_norm", 0.0))
         now = time.monotonic()
-        before = self.tokens[step - 2] if step > 1 else 0
+        taken = max(now - self.last, 1e-9)
         line = {
             "step": step,
             "steps": self.steps,
@@ -81,9 +85,8 @@ class Recorder:
             "epoch": round(step * self.epochs_a_step, 6),
             "tokens": self.tokens[step - 1],
             "seconds": round(self.earlier + now - self.start, 3),
-            "tokens_per_second": round(
-                (self.tokens[step - 1] - before) / max(now - self.last, 1e-9), 1
-            ),
+            "tokens_per_second": round(_of_step(self.tokens, step) / taken, 1),
+            "padded_tokens_per_second": round(_of_step(self.padded, step) / taken, 1),
         }
         line |= self.shares[step - 1] if self.shares else {}
         line |= {name: value for name, value in values.items() if name not in KNOWN}
@@ -94,10 +97,25 @@ class Recorder:
         if self.on_progress is not None:
             self.on_progress(line)
 
+    def throughput(self) -> dict[str, float]:
+        """For train.json: tokens a second of the whole run, and the share that is padding."""
+        tokens, padded = self.tokens[len(self.lines) - 1], self.padded[len(self.lines) - 1]
+        seconds = max(self.lines[-1]["seconds"], 1e-9)
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "padded_tokens_per_second": round(padded / seconds, 1),
+            "padding": round(1 - tokens / padded, 4),
+        }
+
     def validated(self, loss: float) -> None:
         """Add the validation loss to the line of the last step."""
         self.lines[-1] = {**self.lines[-1], "validation_loss": loss}
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def _of_step(sums: Sequence[int], step: int) -> int:
+    """What the step adds to running sums; steps count from 1."""
+    return sums[step - 1] - (sums[step - 2] if step > 1 else 0)
 
 
 def refuse_broken(step: int, values: Mapping[str, float], batch: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from taia.training.batches import training_order
 from taia.training.data import Chat, Encoded, Example, digest, encode_all, read_chats
 from taia.training.mixture import Mixture
 from taia.training.overlap import Overlap, find_overlap, held_out_files, read_held_out
+from taia.training.packing import Packing
 from taia.training.schedule import curves_of, due, mixed_order
 from taia.training.settings import Settings
 
@@ -94,6 +95,21 @@ class Corpus:
         lengths = [len(example["input_ids"]) for example in self.examples]
         for start in range(0, len(self.order), batch_size):
             total += sum(lengths[number] for number in self.order[start : start + batch_size])
+            sums.append(total)
+        return sums
+
+    def padded(self, batch_size: int, part: int, packing: Packing | None) -> list[int]:
+        """Tokens that go through the model up to and with every step, padding counted.
+
+        Each step's batch goes in parts of `part` examples, each padded to its longest row.
+        """
+        total, sums = 0, []
+        lengths = [len(self.examples[number]["input_ids"]) for number in self.order]
+        for start in range(0, len(lengths), batch_size):
+            batch = lengths[start : start + batch_size]
+            for at in range(0, len(batch), part):
+                here = batch[at : at + part]
+                total += packing.tokens(here) if packing else len(here) * max(here)
             sums.append(total)
         return sums
 

@@ -7,7 +7,7 @@ model's own chat template: from its `{% generation %}` markers, or from TRL's
 marked version of a template that TRL knows, or else from `taia.training.spans`.
 Of plain text every token counts, and what is too long for one example becomes several.
 
-Limits: text only (no images, no tool calls); a chat is one example, never packed.
+Limits: text only (no images, no tool calls); a chat is one example.
 """
 
 from __future__ import annotations

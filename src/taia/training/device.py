@@ -61,7 +61,7 @@ def choose_device(settings: Settings, model: PreTrainedModel, longest: int) -> D
     import torch
 
     if not torch.cuda.is_available():
-        if longest <= SHORT:
+        if longest <= SHORT and not settings.packing:
             model.set_attn_implementation("eager")
         return Device("cpu", world(), settings.dtype, _attention(model), liger=False)
     if settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():

@@ -13,7 +13,7 @@ combined tensor by tensor.
 A run that was stopped goes on from its last checkpoint with the same batches and
 the same random numbers: on one CPU process the final weights are equal bit for bit.
 
-Limits: no packing, no gradient checkpointing.
+Limits: no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from taia.training.data import Encoded, digest, encode_all, read_chats
 from taia.training.device import Device, choose_device
 from taia.training.loop import check_trackers, make_trainer, run_trainer
 from taia.training.mixture import parse_data
+from taia.training.packing import Packing, packing_for, require_packing
 from taia.training.ranks import is_first, on_first
 from taia.training.ready import Ready, make_ready
 from taia.training.settings import Settings
@@ -90,6 +91,7 @@ def finetune(
     validate_steps: int = 100,
     patience: int | None = None,
     dtype: str = "bfloat16",
+    packing: bool = False,
     experts: int = 4,
     experts_per_token: int = 1,
     balance: float = 0.0,
@@ -140,6 +142,7 @@ def finetune(
         validate_steps=validate_steps,
         patience=patience,
         dtype=dtype,
+        packing=packing,
         experts=experts,
         experts_per_token=experts_per_token,
         balance=balance,
@@ -183,6 +186,7 @@ class _Run:
     settings: Settings
     ready: Ready
     device: Device
+    packing: Packing | None
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     validation: Encoded | None
@@ -210,10 +214,16 @@ def _prepare(settings: Settings) -> _Run:
         validation = encode_all(held_out, tokenizer, settings.max_length)
         validation_id = digest(settings.validation, held_out)
     ready = make_ready(settings, source.form, tokenizer)
+    device = choose_device(settings, ready.model, longest_row(corpus.examples))
+    packing = None
+    if settings.packing:
+        require_packing(ready.model)
+        packing = packing_for(ready.model.config)
     return _Run(
         settings=settings,
         ready=ready,
-        device=choose_device(settings, ready.model, longest_row(corpus.examples)),
+        device=device,
+        packing=packing,
         tokenizer=tokenizer,
         corpus=corpus,
         validation=validation,
@@ -229,27 +239,17 @@ def _train(
     report_to: Sequence[str],
     on_progress: Callable[[LogLine], None] | None,
 ) -> TrainResult:
-    interrupt, recorder = Interrupt(), None
+    interrupt, recorder, batch_size = Interrupt(), None, run.settings.batch_size
     bars = progress_bar(run.steps) if is_first() else nullcontext()
     with quiet_transformers(), interrupt.listening(), bars as bar:
-        if is_first():
-            if on_progress is None:
-                print(f"training on {run.device}", file=sys.stderr)
-            recorder = Recorder(
-                out / folder.LOG,
-                steps=run.steps,
-                examples=run.corpus.size,
-                batch_size=run.settings.batch_size,
-                tokens=run.corpus.tokens(run.settings.batch_size),
-                shares=run.corpus.shares(run.settings.batch_size),
-                from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
-                on_progress=on_progress or bar,
-            )
+        if is_first() and on_progress is None:
+            print(f"training on {run.device}", file=sys.stderr)
         trainer = make_trainer(
             run.ready.model,
             [run.corpus.examples[number] for number in run.corpus.order],
             run.settings,
             out / folder.CHECKPOINTS,
+            packing=run.packing,
             padding=run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
             save_steps=save_steps,
             additions=run.ready.additions,
@@ -257,7 +257,20 @@ def _train(
             report_to=report_to,
         )
         trainer.add_callback(watching(interrupt, run.read_at))
-        if recorder is not None:
+        if is_first():
+            recorder = Recorder(
+                out / folder.LOG,
+                steps=run.steps,
+                examples=run.corpus.size,
+                batch_size=batch_size,
+                tokens=run.corpus.tokens(batch_size),
+                padded=run.corpus.padded(
+                    batch_size, trainer.args.per_device_train_batch_size, run.packing
+                ),
+                shares=run.corpus.shares(batch_size),
+                from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+                on_progress=on_progress or bar,
+            )
             trainer.add_callback(recording(recorder))
         run_trainer(trainer, checkpoint)
         if interrupt.obeyed:
@@ -334,6 +347,7 @@ def _record(run: _Run, recorder: Recorder, best: int | None) -> dict[str, Any]:
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
         "seconds": last["seconds"],
+        "throughput": recorder.throughput(),
         "final_loss": last["loss"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -15,15 +15,16 @@ from taia.training.batches import collate, longest_row, micro_batch
 from taia.training.data import Example
 from taia.training.device import choose_device
 from taia.training.objective import Additions, make_trainer_class
+from taia.training.packing import Packing, collate_packed
 from taia.training.ranks import rank, world
 from taia.training.settings import Settings
 from taia.training.spans import IGNORED
 from taia.training.validation import LOSS, make_validating
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-__all__ = ["check_trackers", "make_trainer", "run_trainer"]
+__all__ = ["check_trackers", "make_trainer", "run_trainer", "shares_of"]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -52,14 +53,16 @@ def make_trainer(
     padding: int,
     save_steps: int,
     additions: Additions,
+    packing: Packing | None = None,
     validation: Sequence[Example] = (),
     report_to: Sequence[str] = (),
 ) -> Trainer:
     """A Trainer that goes through `examples` once, in the order given.
 
     `padding`: the token id that fills short rows. `additions`: what the loss has beside the
-    task's. With `validation` the best checkpoint is loaded at the end. `report_to`: the Trainer's
-    trackers. Raises RecipeError when the batch cannot be shared out among the processes.
+    task's. `packing`: if given, several examples stand in a row. With `validation` the best
+    checkpoint is loaded at the end. `report_to`: the Trainer's trackers. Raises RecipeError when
+    the batch cannot be shared out among the processes.
     """
     from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
@@ -68,6 +71,9 @@ def make_trainer(
     kind = make_trainer_class(additions)
     arguments = _arguments(model, examples, settings, checkpoints, save_steps)
     arguments.report_to = list(report_to)
+    collator = functools.partial(collate, padding=padding)
+    if packing is not None:
+        collator = functools.partial(collate_packed, padding=padding, packing=packing)
     if validation:
         kind = make_validating(kind, validation, padding)
     with _tensorboard_in(checkpoints.parent / "tensorboard"):
@@ -76,7 +82,7 @@ def make_trainer(
             args=arguments,
             train_dataset=examples,
             eval_dataset=validation or None,
-            data_collator=functools.partial(collate, padding=padding),
+            data_collator=collator,
         )
     if settings.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
@@ -110,7 +116,7 @@ def _arguments(
 
     longest = longest_row(examples)
     device = choose_device(settings, model, longest)
-    part, parts = _shares(model, longest, settings)
+    part, parts = shares_of(model.config, longest, settings)
     steps = math.ceil(len(examples) / settings.batch_size)
     validated: dict[str, Any] = {}
     if settings.validation is not None:
@@ -182,12 +188,15 @@ def _filled(examples: Sequence[Example], batch_size: int, padding: int) -> Seque
     return [*examples, *[nothing] * missing]
 
 
-def _shares(model: PreTrainedModel, longest: int, settings: Settings) -> tuple[int, int]:
-    """Examples at once on one device, and how many such parts make up its share of a batch."""
+def shares_of(config: PretrainedConfig, longest: int, settings: Settings) -> tuple[int, int]:
+    """Examples at once on one device, and how many such parts make up its share of a batch.
+
+    Raises RecipeError when the batch cannot be shared out so.
+    """
     share, rest = divmod(settings.batch_size, world())
     if rest:
         raise RecipeError(f"batch_size {settings.batch_size} is no multiple of {world()} processes")
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     if "kl" in settings.penalty:
         vocabulary *= 2  # the logits of the base are there as well
     part = settings.per_device_batch_size or micro_batch(share, longest, vocabulary)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from taia.errors import RecipeError
 from taia.routing import Routing, balance_loss
 from taia.training.labelled import at_labels, can_choose_places
+from taia.training.packing import IS_TOKEN
 from taia.training.penalties import deltas, ewc, kl, l2, without_adapter
 from taia.training.spans import IGNORED
 
@@ -150,7 +151,7 @@ def make_trainer_class(added: Additions) -> type[Trainer]:
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
-            self.objective.expect(inputs.get("attention_mask"))
+            self.objective.expect(inputs.pop(IS_TOKEN, inputs.get("attention_mask")))
             if self.chooses and model.training:
                 inputs = at_labels(inputs)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -1,7 +1,8 @@
 """What a training would do, told before it: `taia train --dry-run`. Nothing is written.
 
-The data is read, checked, encoded and put in order as for the training itself; only the
-tokenizer of the model is loaded, not its weights.
+The data is read, checked, encoded and put in order as for the training itself; of the
+model only tokenizer and configuration are loaded, not its weights. How much padding there would
+be is told for attention under a mask; FlashAttention packs without any.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taia.load import load_tokenizer
+from taia.load import load_config, load_tokenizer
 from taia.sources import resolve
+from taia.training.batches import longest_row
 from taia.training.corpus import Part, make_corpus, read_data
+from taia.training.loop import shares_of
 from taia.training.mixture import parse_data
+from taia.training.packing import packing_for
 from taia.training.settings import Settings
 
 __all__ = ["Preview", "preview"]
@@ -26,7 +30,8 @@ COLUMNS = ("source", "records", "examples", "tokens", "longest", "cut", "dropped
 class Preview:
     """What a training would see. `tokens`: in the whole training, repeats counted.
 
-    `shares`: of every source in each tenth of the training, where there are several.
+    `shares`: of every source in each tenth of the training, where there are several. `padding`:
+    the share of what goes through the model that is no token, in plain batches and packed.
     """
 
     parts: tuple[Part, ...]
@@ -37,6 +42,7 @@ class Preview:
     max_length: int
     facts: tuple[Mapping[str, Any], ...]
     shares: tuple[Mapping[str, float], ...]
+    padding: Mapping[str, float]
 
     def as_json(self) -> dict[str, Any]:
         """The same for `--json`."""
@@ -44,6 +50,7 @@ class Preview:
             "steps": self.steps,
             "examples": self.examples,
             "tokens": self.tokens,
+            "padding": dict(self.padding),
             "sources": [dict(fact) for fact in self.facts],
             "shares": [dict(share) for share in self.shares],
         }
@@ -71,6 +78,8 @@ class Preview:
             "",
             f"{self.steps} steps of {self.batch_size}: {self.examples:,} examples, "
             f"{self.tokens:,} tokens, at most {self.max_length:,} tokens an example",
+            f"padding: {self.padding['plain']:.1%} of a batch, {self.padding['packed']:.1%} of it "
+            "packed (--packing)",
         ]
         return "\n".join(lines)
 
@@ -88,6 +97,13 @@ def preview(
     source, read = resolve(settings.base), read_data(settings)
     corpus = make_corpus(settings, read, load_tokenizer(source))
     tokens = corpus.tokens(settings.batch_size)
+    config = load_config(source)
+    part, _ = shares_of(config, longest_row(corpus.examples), settings)
+    packings = {"plain": None, "packed": packing_for(config)}
+    padding = {
+        name: round(1 - tokens[-1] / corpus.padded(settings.batch_size, part, packing)[-1], 4)
+        for name, packing in packings.items()
+    }
     tenth = max(1, -(-len(corpus.order) // 10))
     return Preview(
         parts=corpus.parts,
@@ -98,6 +114,7 @@ def preview(
         max_length=settings.max_length,
         facts=tuple(corpus.facts()),
         shares=tuple(corpus.shares(tenth)) if len(corpus.parts) > 1 else (),
+        padding=padding,
     )
 
 

@@ -36,6 +36,8 @@ class Settings:
 
     Every `validate_steps` the loss on the chats of `validation` is taken, and a checkpoint made;
     the best one is the outcome. `patience`: stop after so many in a row without a better one.
+
+    `packing`: several examples in a row, apart from each other (`taia.training.packing`).
     """
 
     base: str
@@ -67,6 +69,7 @@ class Settings:
     validate_steps: int = 100
     patience: int | None = None
     dtype: str = "bfloat16"
+    packing: bool = False
 
     def check(self) -> None:
         """Raise RecipeError with every setting that states nothing runnable."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from taia.kinds import Address
+
 __all__ = ["add_lora", "freeze_rest", "linear_targets", "trained_weights"]
 
 
@@ -114,20 +116,28 @@ def _selected(model: PreTrainedModel, names: list[str], train: str) -> set[str]:
     """The parameter names with a strength other than 0."""
     if train == "all":
         return set(names)  # needs no table of kinds, so it works for any model
-    from taia.kinds import classify
     from taia.selection import Selection
 
-    addresses = {name: classify(name, model.config.model_type) for name in names}
+    every = _addresses(model)
+    addresses = {name: every[name] for name in names}
     strengths = Selection.parse(train).strengths(addresses.values())
     return {name for name, address in addresses.items() if strengths[address] != 0}
 
 
+def _addresses(model: PreTrainedModel) -> dict[str, Address]:
+    """The addresses of all parameters: a hybrid's layers are told apart by what else they hold."""
+    from taia.kinds import classify_all
+
+    names = [name for name, _ in model.named_parameters()]
+    return classify_all(names, model.config.model_type, model.config.to_dict())
+
+
 def _expert_targets(model: PreTrainedModel, targets: list[str], train: str) -> list[str]:
     """Those of the targets that are of the feed-forward network, in full or by short names."""
-    from taia.kinds import Kind, classify
+    from taia.kinds import Kind
 
-    model_type = model.config.model_type
-    found = [name for name in targets if classify(f"{name}.weight", model_type).kind is Kind.FFN]
+    addresses = _addresses(model)
+    found = [name for name in targets if addresses[f"{name}.weight"].kind is Kind.FFN]
     if not found:
         raise RecipeError(
             f"train {train!r}: selects no feed-forward layer, where the experts of method molora "
