@@ -58,3 +58,28 @@ def tiny_chat_model(folder: Path, dtype: str = "bfloat16", model_type: str = "ll
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_bench(folder: Path) -> Path:
+    """A tiny chat model `base`, the corpora chats and other, and the task facts."""
+    import json
+
+    tiny_chat_model(folder / "base")
+    for name, first in (("chats", 0), ("other", 100)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for number in range(first, first + 24):
+                turns = [
+                    {"role": "user", "content": f"say {number}"},
+                    {"role": "assistant", "content": f"{number}"},
+                ]
+                file.write(json.dumps({"id": str(number), "messages": turns}) + "\n")
+    with (folder / "facts.jsonl").open("w") as file:
+        for number in range(12):
+            record = {
+                "id": str(number),
+                "question": f"What comes after {number}?",
+                "choices": [str(number + 1), str(number), "none"],
+                "answer": 0,
+            }
+            file.write(json.dumps(record) + "\n")
+    return folder

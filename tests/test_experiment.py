@@ -15,6 +15,7 @@ import yaml
 from taia.errors import OutputError, RecipeError, TaiaError
 from taia.experiment import run
 from taia.recipe import Evaluate, Recipe, Train, expand, load_recipe, place
+from taia.sweep import load_sweep
 
 ROOT = Path(__file__).parents[1]
 MINIMAL: dict[str, Any] = {
@@ -32,11 +33,12 @@ def write(folder: Path, content: Any, name: str = "recipe.yaml") -> Path:
 
 
 def test_the_shipped_recipes_load() -> None:
-    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    recipes = [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes" / "paper").glob("*.yaml")]
     assert recipes
     for path in recipes:
-        recipe = load_recipe(path)
-        assert recipe.report.expected, f"{path}: says nothing about what is expected"
+        sweep = load_sweep(path)
+        assert sweep.report.expected, f"{path}: says nothing about what is expected"
+        assert sweep.name in {path.stem, f"paper-{path.stem.replace('_', '-')}"}
 
 
 def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
@@ -138,27 +140,9 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny chat model, chats, and a task."""
-    from chat_tools import tiny_chat_model
+    from chat_tools import tiny_bench
 
-    folder = tmp_path_factory.mktemp("bench")
-    tiny_chat_model(folder / "base")
-    with (folder / "chats.jsonl").open("w") as file:
-        for number in range(24):
-            turns = [
-                {"role": "user", "content": f"say {number}"},
-                {"role": "assistant", "content": f"{number}"},
-            ]
-            file.write(json.dumps({"id": str(number), "messages": turns}) + "\n")
-    with (folder / "facts.jsonl").open("w") as file:
-        for number in range(12):
-            record = {
-                "id": str(number),
-                "question": f"What comes after {number}?",
-                "choices": [str(number + 1), str(number), "none"],
-                "answer": 0,
-            }
-            file.write(json.dumps(record) + "\n")
-    return folder
+    return tiny_bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +175,7 @@ def test_a_whole_run_resumes_and_refuses_another_recipe(bench: Path, tmp_path: P
     recipe = write(bench, stated)
     out = run(recipe, tmp_path / "out")
     lock = json.loads((out / "lock.json").read_text())
-    assert set(lock["stages"]) == {"train", "deltas", "evaluate", "report"}
+    assert set(lock["stages"]) == {"train", "overlap", "deltas", "evaluate", "report"}
     assert set(lock["hashes"]) >= {"training data", "adapter", "evaluation data: facts"}
     assert (out / "recipe.yaml").read_text() == recipe.read_text()
     page = (out / "report.html").read_text()

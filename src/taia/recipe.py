@@ -12,9 +12,11 @@
     report:
       expected: What is expected, written down before the run.
 
-The fields are those of `taia.finetune` and `taia.evaluate`, with the same defaults, so the
-same words work in Python, on the command line and here. Relative paths are relative to the
-recipe's folder; `~` and `${TAIA_CACHE}` (default ~/.cache/taia) are filled in.
+Many of them at once are a sweep (`taia.sweep`). The fields are those of `taia.finetune` and
+`taia.evaluate`, with the same defaults, so the same words work in Python, on the command line and
+here. Relative paths are relative to the
+recipe's folder; `~`, `${TAIA_CACHE}` (default ~/.cache/taia) and `${TAIA_DATA}`, a folder of data
+sets that has to be set where it is named, are filled in.
 
 `load_recipe` reports every fault of the file at once. Values are checked for type here, and
 for sense by the stages themselves, before the first of them starts.
@@ -23,7 +25,8 @@ for sense by the stages themselves, before the first of them starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,15 +39,27 @@ from taia.training.mixture import Mixture, parse_data
 
 __all__ = [
     "Evaluate",
+    "Need",
     "Recipe",
     "Report",
+    "Resources",
     "Train",
     "expand",
     "load_data",
     "load_recipe",
     "place",
     "place_data",
+    "read_stated",
+    "validate",
 ]
+
+
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]i?b)", re.IGNORECASE)
+UNITS = {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for unit, base in (("b", 1000), ("ib", 1024))
+}
 
 
 class _Part(BaseModel):
@@ -111,10 +126,35 @@ class Evaluate(_Part):
 
 
 class Report(_Part):
-    """What the report says beside the numbers. `expected` is written before the run."""
+    """What the report says beside the numbers. `expected` is written before the run.
+
+    `x`: the swept field that a sweep's figure has along its horizontal axis.
+    """
 
     title: str | None = None
     expected: str | None = None
+    x: str | None = None
+
+
+def _bytes(stated: Any) -> Any:
+    """A size such as 8 GB or 500 MiB in bytes; numbers as they are."""
+    found = SIZE.fullmatch(stated.strip()) if isinstance(stated, str) else None
+    return round(float(found[1]) * UNITS[found[2].lower()]) if found else stated
+
+
+class Need(_Part):
+    """What one task on Ray reserves. `memory` in bytes, or as in `8 GB`."""
+
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    memory: Annotated[int, Field(gt=0), BeforeValidator(_bytes)] = 2 * 10**9
+
+
+class Resources(_Part):
+    """What Ray tasks need: one training, and one variant on one task. Changes no result."""
+
+    train: Need = Need(memory=4 * 10**9)
+    evaluate: Need = Need()
 
 
 class Recipe(_Part):
@@ -127,6 +167,7 @@ class Recipe(_Part):
     tuned: str | None = None
     evaluate: Evaluate
     report: Report = Report()
+    resources: Resources = Resources()
     seed: int = 0
 
     @model_validator(mode="after")
@@ -159,7 +200,20 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises RecipeError with the path of every field that is wrong."""
+    """Read a recipe of one run. Raises RecipeError with the path of every field that is wrong."""
+    content = read_stated(path)
+    if "sweep" in content:
+        raise RecipeError(
+            f"{path}: states a sweep, and one run is needed here; `taia run` takes it"
+        )
+    recipe, faults = validate(content)
+    if recipe is None:
+        raise RecipeError(f"{path}: not a recipe that can be run", faults)
+    return recipe
+
+
+def read_stated(path: Path) -> dict[str, Any]:
+    """The fields of a recipe as they stand there, unchecked. Raises RecipeError."""
     try:
         content = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
@@ -168,18 +222,36 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields: {_fields(Recipe)}")
+    return content
+
+
+def validate(content: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe that these fields state, or None and every fault."""
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(content), []
     except ValidationError as error:
-        raise RecipeError(f"{path}: not a recipe that can be run", _faults(error)) from error
+        return None, _faults(error)
 
 
 def expand(text: str) -> str:
-    """`text` with `${TAIA_CACHE}`, `$TAIA_CACHE` and a leading `~` filled in."""
-    cache = str(Path(os.environ.get("TAIA_CACHE") or "~/.cache/taia").expanduser().absolute())
-    for word in ("${TAIA_CACHE}", "$TAIA_CACHE"):
-        text = text.replace(word, cache)
+    """`text` with `${TAIA_CACHE}`, `${TAIA_DATA}` (or without braces) and a leading `~` filled in.
+
+    Raises RecipeError where it names TAIA_DATA, which has no default, and that is not set.
+    """
+    if "$TAIA_DATA" in text or "${TAIA_DATA}" in text:
+        data = os.environ.get("TAIA_DATA")
+        if not data:
+            raise RecipeError(
+                f"{text}: TAIA_DATA is not set; set it to the folder that holds the data sets"
+            )
+        text = _filled(text, "TAIA_DATA", data)
+    text = _filled(text, "TAIA_CACHE", os.environ.get("TAIA_CACHE") or "~/.cache/taia")
     return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def _filled(text: str, variable: str, folder: str) -> str:
+    absolute = str(Path(folder).expanduser().absolute())
+    return text.replace(f"${{{variable}}}", absolute).replace(f"${variable}", absolute)
 
 
 def place(text: str, folder: Path) -> str:
@@ -243,10 +315,13 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    if len(location) > 1 and location[0] == "resources":
+        return Need
     parts: dict[int | str, type[BaseModel]] = {
         "train": Train,
         "evaluate": Evaluate,
         "report": Report,
+        "resources": Resources,
     }
     return parts.get(location[0], Recipe) if location else Recipe
 

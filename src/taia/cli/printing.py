@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bytes_progress",
+    "is_sweep",
     "print_explanation",
     "print_extraction",
     "print_json",
@@ -132,8 +133,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether a run's folder is that of a sweep."""
+    return (folder / "sweep.json").is_file()
+
+
 def print_summary(folder: Path, as_json: bool) -> None:
-    """Print the table of a run."""
+    """Print the table of a run, or of all cells of a sweep."""
+    if is_sweep(folder):
+        _print_sweep(folder, as_json)
+        return
     summary = read_summary(folder)
     if as_json:
         print_json(summary)
@@ -143,6 +152,18 @@ def print_summary(folder: Path, as_json: bool) -> None:
     from taia.report_text import render_terminal
 
     Console().print(render_terminal(summary))
+
+
+def _print_sweep(folder: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from taia.sweep_report import render_sweep_terminal
+    from taia.sweep_scores import read_scores
+
+    if as_json:
+        print_json(read_scores(folder))
+    else:
+        Console().print(render_sweep_terminal(folder))
 
 
 @contextmanager

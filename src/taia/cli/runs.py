@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.cli.options import MODEL, Command, add_json, add_overwrite, split_list
-from taia.cli.printing import print_json, print_summary, read_summary
+from taia.cli.printing import is_sweep, print_json, print_summary, read_summary
 from taia.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -269,9 +269,12 @@ def report_options(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Print the table of a run and write its report.html."""
-    from taia.report import report as write_report
+    page = _write_report(options.folder)
+    if options.markdown and is_sweep(options.folder):
+        from taia.sweep_report import render_sweep_markdown
 
-    page = write_report(options.folder)
+        sys.stdout.write(render_sweep_markdown(options.folder))
+        return
     if options.markdown:
         from taia.report_text import render_markdown
 
@@ -280,6 +283,16 @@ def report(options: argparse.Namespace) -> None:
     print_summary(options.folder, options.as_json)
     if not options.as_json:
         print(f"report: {page}")
+
+
+def _write_report(folder: Path) -> Path:
+    if is_sweep(folder):
+        from taia.sweep_report import report_sweep
+
+        return report_sweep(folder)
+    from taia.report import report as write_report
+
+    return write_report(folder)
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,0 +1,129 @@
+"""The report of a sweep: report.html, a terminal table and Markdown, all from sweep.json.
+
+The page is the template of a single run with other contents, so that both look alike.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taia.errors import DependencyError
+from taia.files import atomic_write
+from taia.report_plots import label
+from taia.sweep_plots import (
+    Entry,
+    Table,
+    accuracy_table,
+    detectable,
+    difference_table,
+    figure,
+    outcome,
+    task_table,
+)
+from taia.sweep_scores import read_scores
+
+if TYPE_CHECKING:
+    import rich.table
+
+__all__ = ["render_sweep_markdown", "render_sweep_terminal", "report_sweep"]
+
+TEMPLATES = ("report_template.html.jinja", "sweep_template.html.jinja")
+
+
+def report_sweep(folder: Path) -> Path:
+    """Write RUN/report.html of a sweep; returns its path.
+
+    Raises EvaluationError (no sweep.json), DependencyError (jinja2 is not installed).
+    """
+    path = folder / "report.html"
+    atomic_write(path, _page(folder))
+    return path
+
+
+def render_sweep_terminal(folder: Path) -> rich.table.Table:
+    """The mean accuracies of all cells for a terminal."""
+    from rich.table import Table as Shown
+
+    table = accuracy_table(read_scores(folder))
+    shown = Shown(caption="accuracy in %, with its 95% interval")
+    for head in table.heads:
+        shown.add_column(head, no_wrap=True)
+    for column in table.columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in table.rows:
+        texts = [f"{one.value} [dim]{one.interval}[/dim]" if one else "-" for one in row.entries]
+        shown.add_row(*row.labels, *texts)
+    return shown
+
+
+def render_sweep_markdown(folder: Path) -> str:
+    """The figures of a sweep as Markdown tables: mean accuracies, then paired differences."""
+    scores = read_scores(folder)
+    lines = [f"{_what(scores['cells'])} in %, with its 95% interval:", ""]
+    lines += _markdown(accuracy_table(scores))
+    differences = difference_table(scores)
+    if differences is not None:
+        told = "Paired differences in points, with their 95% intervals; bold where zero is excluded"
+        lines += ["", f"{told}:", "", *_markdown(differences), "", detectable(scores)]
+    return "\n".join([*lines, "", *outcome(scores)]) + "\n"
+
+
+def _page(folder: Path) -> str:
+    try:
+        from jinja2 import DictLoader, Environment, StrictUndefined
+    except ImportError as error:
+        raise DependencyError(
+            "report.html needs jinja2; install it with `pip install 'taia[report]'`"
+        ) from error
+    files = resources.files("taia")
+    texts = {name: files.joinpath(name).read_text("utf-8") for name in TEMPLATES}
+    environment = Environment(
+        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["label"] = label
+    scores = read_scores(folder)
+    recipe = folder / "recipe.yaml"
+    return environment.get_template(TEMPLATES[1]).render(
+        title=scores["title"] or f"What of the fine-tuning to keep: {scores['name']}",
+        expected=scores["expected"] or "",
+        outcome=outcome(scores),
+        what=_what(scores["cells"]),
+        several=any(len(cell["examples"]) > 1 for cell in scores["cells"]),
+        figure=figure(scores),
+        accuracies=accuracy_table(scores),
+        differences=difference_table(scores),
+        detectable=detectable(scores),
+        tasks=task_table(scores),
+        recipe=recipe.read_text("utf-8") if recipe.is_file() else "",
+    )
+
+
+def _what(cells: list[dict[str, dict[str, int]]]) -> str:
+    tasks = {tuple(cell["examples"]) for cell in cells}
+    if len(tasks) > 1:
+        return "Average accuracy over the tasks of each cell"
+    names = next(iter(tasks))
+    if len(names) > 1:
+        return f"Average accuracy over {len(names)} tasks"
+    return f"Accuracy on {names[0]}"
+
+
+def _markdown(table: Table) -> list[str]:
+    lines = [
+        "| " + " | ".join([*table.heads, *table.columns]) + " |",
+        "|" + "---|" * len(table.heads) + "---:|" * len(table.columns),
+    ]
+    for row in table.rows:
+        texts = [_markdown_entry(one) for one in row.entries]
+        lines.append("| " + " | ".join([*row.labels, *texts]) + " |")
+    return lines
+
+
+def _markdown_entry(entry: Entry | None) -> str:
+    if entry is None:
+        return "–"
+    sure = entry.verdict in ("better", "worse")
+    return f"{'**' if sure else ''}{entry.value}{'**' if sure else ''} ({entry.interval})"
