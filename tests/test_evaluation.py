@@ -251,7 +251,7 @@ def test_the_first_records_and_the_plain_protocol(ask, run, tmp_path):
         ({"variants": ["taia=ffn"]}, EvaluationError, "preset taia"),
         ({"variants": ["attenton"]}, SelectionError, "attenton"),
         ({"variants": ["base"], "tasks": ["arc_esy"]}, EvaluationError, "arc_easy"),
-        ({"variants": ["base"], "protocol": "paper"}, RecipeError, "chat, plain"),
+        ({"variants": ["base"], "protocol": "papper"}, RecipeError, "chat, plain, paper"),
         ({"variants": ["base"], "limit": 0}, RecipeError, "limit 0"),
         ({"variants": ["base"], "batch_size": 0}, RecipeError, "batch size 0"),
         ({"variants": ["base"], "dtype": "int4"}, RecipeError, "int4"),

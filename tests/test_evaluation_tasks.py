@@ -7,12 +7,14 @@ import json
 import pytest
 
 from taia.errors import EvaluationError
-from taia.evaluation.catalogue import FOLDER, PREFIX, find_tasks, known_tasks, load_task
-from taia.evaluation.tasks import utils
+from taia.evaluation.catalogue import FOLDER, GROUPS, PREFIX, find_tasks, known_tasks, load_task
+from taia.evaluation.hub import HUB_SHAPES, from_hub
+from taia.evaluation.records import checked, read_records
 
 GOOD = {"id": "1", "question": "Is ice cold?", "choices": ["yes", "no"], "answer": 0}
-CLOZE = {"arc_easy", "arc_challenge", "openbookqa", "piqa", "csqa"}
-LETTERS = {"mmlu", "logiqa", "medqa"}
+CLOZE = {"arc_easy", "arc_challenge", "openbookqa", "piqa", "csqa", "hellaswag", "pubmedqa"}
+LETTERS = {"mmlu", "logiqa", "medqa", "mmedbench", "ceval"}
+GENERATED = {"math500", "gsm8k", "svamp", "bbh", "squad2", "xsum"}
 
 
 def write(path, *records):
@@ -22,7 +24,9 @@ def write(path, *records):
 
 
 def test_the_tasks_that_ship():
-    assert set(known_tasks()) == CLOZE | LETTERS
+    assert set(known_tasks()) == CLOZE | LETTERS | GENERATED
+    assert set(HUB_SHAPES) == set(known_tasks())
+    assert set(GROUPS["paper"]) <= set(known_tasks())
 
 
 def test_names_for_lm_eval_cannot_hide_its_own():
@@ -30,70 +34,26 @@ def test_names_for_lm_eval_cannot_hide_its_own():
         assert f"task: {PREFIX}{name}\n" in (FOLDER / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(CLOZE | LETTERS | {"quartz"}))
+@pytest.mark.parametrize("name", sorted((CLOZE - {"pubmedqa"}) | LETTERS | {"quartz"}))
 def test_prompt_choices_and_metric(tmp_path, name):
     record = GOOD | {"question": "Ice melts.\n\nIs ice cold?", "choices": ["yes", "no", "{{x}}"]}
     write(tmp_path / f"eval_{name}.jsonl", record)
     task = load_task(find_tasks([name], tmp_path)[0])
     doc = task.eval_docs[0]
     prompt = task.doc_to_text(doc)
-    assert prompt.endswith("\nAnswer:")
+    assert prompt.endswith({"ceval": "\n答案：", "hellaswag": "cold?"}.get(name, "\nAnswer:"))
     assert task.doc_to_target(doc) == 0
     if name in LETTERS:
-        assert "\nA. yes\nB. no\nC. {{x}}\nAnswer:" in prompt
+        assert "\nA. yes\nB. no\nC. {{x}}\n" in prompt
         assert task.doc_to_choice(doc) == ["A", "B", "C"]
         assert task.config.metadata["primary_metric"] == "acc"
     else:
-        assert prompt == "Question: Ice melts.\n\nIs ice cold?\nAnswer:"
+        told = ": Ice melts.\n\nIs ice cold?"
+        assert prompt == (told if name == "hellaswag" else f"Question{told}\nAnswer:")
         assert task.doc_to_choice(doc) == ["yes", "no", "{{x}}"]
         assert task.config.metadata["primary_metric"] == "acc_norm"
     if name == "logiqa":
         assert prompt.startswith("Passage: Ice melts.\nQuestion: Is ice cold?\nChoices:\n")
-
-
-@pytest.mark.parametrize(
-    ("record", "told"),
-    [
-        ("{broken", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ({"id": "1", "question": "q", "answer": "42"}, "without choices"),
-        (GOOD | {"answer": 2}, "outside the 2 choices"),
-        (GOOD | {"answer": -1}, "outside the 2 choices"),
-        (GOOD | {"answer": "A"}, "not the index"),
-        (GOOD | {"answer": True}, "not the index"),
-        (GOOD | {"choices": ["yes"]}, "2 to 26"),
-        (GOOD | {"choices": ["yes", " "]}, "one of the choices"),
-        (GOOD | {"choices": ["yes", None]}, "one of the choices"),
-        (GOOD | {"question": ""}, "question"),
-        (GOOD | {"id": None}, "id is neither"),
-        (GOOD | {"id": "first"}, "was used on line 1"),
-    ],
-)
-def test_broken_records_are_told_by_line(tmp_path, record, told):
-    file = write(tmp_path / "piqa.jsonl", GOOD | {"id": "first"}, record, "", "{also broken")
-    with pytest.raises(EvaluationError) as caught:
-        find_tasks(["piqa"], tmp_path)
-    message = str(caught.value)
-    assert f"line 2: {told}" in message or f"line 2: id '{told}" in message or told in message
-    assert "line 2: " in message
-    assert "line 4: not JSON" in message
-    assert str(file) in message
-
-
-def test_bytes_that_are_not_utf8(tmp_path):
-    (tmp_path / "piqa.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(EvaluationError, match="line 2: not UTF-8"):
-        find_tasks(["piqa"], tmp_path)
-
-
-def test_no_record_no_file_no_folder(tmp_path):
-    (tmp_path / "piqa.jsonl").write_text("\n")
-    with pytest.raises(EvaluationError, match="no record"):
-        find_tasks(["piqa"], tmp_path)
-    with pytest.raises(EvaluationError, match=r"eval_csqa\.jsonl"):
-        find_tasks(["csqa"], tmp_path)
-    with pytest.raises(EvaluationError, match="no such folder"):
-        find_tasks(["csqa"], tmp_path / "none")
 
 
 def test_unknown_tasks_are_told_together_with_the_nearest(tmp_path):
@@ -150,27 +110,86 @@ HUB = {
         "id": "t-1", "sent1": "q", "sent2": "", "label": 2,
         "ending0": "a", "ending1": "b", "ending2": "c", "ending3": "d",
     },
+    "mmedbench": {
+        "question": "q", "options": {"A": "a", "B": "b", "C": "c"}, "answer_idx": "C"
+    },
+    "ceval": {
+        "id": 3, "question": "q", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "C",
+        "subject": "law",
+    },
+    "hellaswag": {
+        "ctx_a": "he", "ctx_b": "SITS", "endings": ["a", "b", "c"], "label": "2",
+        "activity_label": "k",
+    },
+    "pubmedqa": {"QUESTION": "q", "CONTEXTS": ["p", "r"], "final_decision": "no"},
+    "math500": {
+        "problem": "q", "solution": "s", "answer": "c", "subject": "k", "unique_id": "t/1.json"
+    },
+    "gsm8k": {"question": "q", "answer": "it is <<1+1=2>>\n#### 1,002"},
+    "svamp": {
+        "ID": "chal-1", "Body": "two", "Question": "q?", "Answer": "3.0", "Type": "Addition"
+    },
+    "bbh": {"input": "q", "target": "(C)", "subject": "navigate"},
+    "squad2": {
+        "id": "5", "title": "Ice", "context": "p", "question": "q",
+        "answers": {"text": ["c", "c"], "answer_start": [0, 0]},
+    },
+    "xsum": {"id": "5", "document": "q", "summary": "c"},
 }  # fmt: skip
 """One record of each hub data set, in the form in which it is published."""
 
 
 @pytest.mark.parametrize("name", sorted(CLOZE | LETTERS))
 def test_hub_records_become_ours(name):
-    (record,) = utils.from_hub(name, [HUB[name]])
-    assert record["question"] == ("p\n\nq" if name == "logiqa" else "q")
-    assert record["choices"][record["answer"]] == ("b" if name == "piqa" else "c")
+    (record,) = from_hub(name, [HUB[name]])
+    asked = {"logiqa": "p\n\nq", "hellaswag": "he Sits", "pubmedqa": "Context: p\nr\n\nQuestion: q"}
+    assert record["question"] == asked.get(name, "q")
+    answer = {"piqa": "b", "pubmedqa": "no"}.get(name, "c")
+    assert record["choices"][record["answer"]] == answer
     assert record["id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fields"),
+    [
+        ("math500", "free", {"answer": "c", "solution": "s", "subject": "k", "id": "t/1.json"}),
+        ("gsm8k", "free", {"answer": "1002", "question": "q"}),
+        ("svamp", "free", {"answer": "3", "question": "two. q?", "subject": "Addition"}),
+        ("bbh", "free", {"answer": "(C)", "subject": "navigate"}),
+        ("squad2", "reading", {"answers": ["c"], "subject": "Ice"}),
+        ("xsum", "summary", {"document": "q", "summary": "c"}),
+    ],
+)
+def test_hub_records_of_generated_answers_become_ours(name, shape, fields):
+    (record,) = from_hub(name, [HUB[name]], shape)
+    assert {key: record[key] for key in fields} == fields
+    assert checked(record, shape) == record
 
 
 def test_hub_records_of_another_shape_are_told_by_row():
     with pytest.raises(EvaluationError, match="row 1"):
-        utils.from_hub("piqa", [HUB["piqa"], HUB["arc_easy"]])
+        from_hub("piqa", [HUB["piqa"], HUB["arc_easy"]])
     with pytest.raises(EvaluationError, match="0 of 0"):
-        utils.from_hub("piqa", [])
+        from_hub("piqa", [])
 
 
-@pytest.mark.parametrize("name", sorted(CLOZE | LETTERS | {"hellaswag", "pubmedqa", "ceval"}))
-def test_the_real_files_are_read(shared_data, name):
-    (task,) = find_tasks([name], shared_data)
-    assert len(utils.read_records(shared_data / f"eval_{name}.jsonl")) > 300
-    assert task.source.endswith(f"eval_{name}.jsonl")
+@pytest.mark.parametrize("name", sorted(set(HUB) - {"mmedbench"}))
+def test_the_real_files_become_tasks(shared_data, name):
+    """Every task, whole and small, asked in both ways, from the published records."""
+    full, small = find_tasks([name, f"{name}-small"], shared_data)
+    plain, paper = load_task(full), load_task(small, protocol="paper")
+    shape = paper.config.metadata["shape"]
+    records = read_records(shared_data / f"eval_{name}.jsonl", shape)
+    assert len(plain.eval_docs) == len(records) >= 300
+    assert len(paper.eval_docs) == paper.config.metadata["small_size"] < len(records)
+    if name in {"bbh", "ceval", "math500", "mmlu"}:
+        subjects = {record["subject"] for record in records}
+        assert {doc["subject"] for doc in paper.eval_docs} == subjects
+    doc = paper.eval_docs[0]
+    for task in (plain, paper):
+        assert str(doc.get("question") or doc["document"])[-20:] in task.doc_to_text(doc)
+    if shape == "choice":
+        assert paper.doc_to_choice(doc) == list("ABCDEFGHIJ"[: len(doc["choices"])])
+        assert paper.config.metadata["primary_metric"] == "acc"
+    elif shape == "free":
+        assert paper.config.generation_kwargs["lead_in"] == "The answer is"

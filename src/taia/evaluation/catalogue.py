@@ -1,17 +1,19 @@
 """Which tasks there are, where their records come from, and the lm-eval task that scores them.
 
 A task of ours is a YAML file in `tasks/`; the user types `arc_easy`, lm-eval knows it as
-`taia_arc_easy`. Any other name stands for FOLDER/eval_NAME.jsonl or FOLDER/NAME.jsonl in
-the local data folder, and is scored with the shared cloze prompt.
+`taia_arc_easy`. `NAME-small` is a seeded subset of it, a group (`paper`) several tasks.
+With a local folder any other FOLDER/eval_NAME.jsonl or FOLDER/NAME.jsonl is a task too,
+asked by the shape of its records. Any other name, and `lm_eval:NAME`, is lm-eval's own task.
 
-Limits: multiple choice; lm-eval's own tasks are run with lm-eval, not here.
+Limits: lm-eval's own tasks read the data set that their file names, and are asked as lm-eval
+asks them; groups of lm-eval are run task by task.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,25 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from taia.errors import EvaluationError, nearest
+from taia.evaluation.foreign import foreign_file, load_foreign
 from taia.evaluation.protocol import check_protocol
+from taia.evaluation.records import local_file, read_records, shape_of
 from taia.evaluation.scoring import quiet_lm_eval
 from taia.evaluation.tasks import utils
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["FOLDER", "PREFIX", "TaskSource", "find_tasks", "known_tasks", "load_task"]
+__all__ = [
+    "FOLDER",
+    "GROUPS",
+    "PREFIX",
+    "TaskSource",
+    "expand_groups",
+    "find_tasks",
+    "known_tasks",
+    "load_task",
+]
 
 FOLDER = Path(__file__).parent / "tasks"
 """The YAML files; what `lm_eval --include_path` wants."""
@@ -34,7 +47,26 @@ FOLDER = Path(__file__).parent / "tasks"
 PREFIX = "taia_"
 """What lm-eval's name of a task has before ours, so that it cannot hide lm-eval's own."""
 
-GENERIC = FOLDER / "_cloze.yaml"
+FOREIGN = "lm_eval:"
+"""What stands before the name of a task of lm-eval's that one of ours would hide."""
+
+SMALL = "-small"
+
+PAPER = ("math500", "bbh", "csqa", "logiqa", "svamp", "medqa", "mmlu")
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "paper": PAPER,
+    "paper-small": tuple(f"{name}{SMALL}" for name in PAPER),
+}
+"""Names that stand for several tasks: the paper's seven, and subsets of them for two cores."""
+
+GENERIC = {
+    "choice": FOLDER / "_cloze.yaml",
+    "free": FOLDER / "_free.yaml",
+    "reading": FOLDER / "_reading.yaml",
+    "summary": FOLDER / "_summary.yaml",
+}
+"""What asks a local file that is no task of ours, by the shape of its records."""
+
 SHOWN = 20
 """How many local files a message names."""
 
@@ -43,9 +75,11 @@ NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 
 @dataclass(frozen=True, slots=True)
 class TaskSource:
-    """A task that was found. `sha256` is that of the local file; empty for the hub.
+    """A task that was found.
 
-    `source` is the path of the file, or hub:DATASET[/CONFIG][SPLIT].
+    `source`: the path of the local file, hub:DATASET[/CONFIG][SPLIT], or lm_eval:NAME.
+    `sha256`: that of the local file, else empty. `yaml`: the file that asks it.
+    `small`: how many records a subset takes; None takes all.
     """
 
     name: str
@@ -53,6 +87,7 @@ class TaskSource:
     source: str
     sha256: str
     data: str
+    small: int | None = None
 
 
 def known_tasks() -> tuple[str, ...]:
@@ -60,15 +95,21 @@ def known_tasks() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.yaml")))
 
 
+def expand_groups(names: Sequence[str]) -> list[str]:
+    """The names with every group's own tasks in its place."""
+    return [task for name in names for task in GROUPS.get(name, (name,))]
+
+
 def find_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskSource, ...]:
-    """The tasks of those names, their local files read and checked.
+    """The tasks of those names and groups, their local files read and checked.
 
     `data` is the local folder; None is the hub. Raises EvaluationError with every fault:
     unknown names, missing files, broken records.
     """
+    names = expand_groups(names)
     if not names:
-        raise EvaluationError(f"no task is named; there are {', '.join(known_tasks())}")
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+        raise EvaluationError(f"no task is named; there are {_offered()}")
+    twice = sorted({name for name in names if names.count(name) > 1})
     faults = [f"{name}: named twice" for name in twice]
     found: list[TaskSource] = []
     for name in dict.fromkeys(names):
@@ -89,44 +130,91 @@ def load_task(task: TaskSource, *, protocol: str = "chat", shots: int = 0) -> Ta
     from lm_eval.tasks import TaskManager
 
     faults = check_protocol(protocol, shots)
-    if shots > 0:
-        faults.append(f"{task.name}: has no few-shot examples beside those that are scored")
     if faults:
         raise EvaluationError("the task cannot be run:", faults)
-
-    spec: str | dict[str, Any] = str(task.yaml)
-    if task.yaml == GENERIC:
-        own = {"task": f"{PREFIX}{task.name}", "dataset_kwargs": {"record_task": task.name}}
-        spec = _read_yaml(GENERIC) | own
-    metadata = {"data": task.data} if task.data else {}
+    if task.source.startswith(FOREIGN):
+        if protocol == "paper":
+            raise EvaluationError(
+                f"{task.name}: lm-eval's own task, which it asks in its own way; take the protocol "
+                "chat or plain"
+            )
+        with quiet_lm_eval():
+            return load_foreign(task.name, task.yaml, shots)
+    spec = _asked(task, protocol, shots)
     with quiet_lm_eval():
+        metadata = {"data": task.data} if task.data else {}
         manager = TaskManager(include_defaults=False, metadata=metadata)
         loaded: Task = next(iter(manager.load([spec])["tasks"].values()))
     return loaded
 
 
+def _asked(task: TaskSource, protocol: str, shots: int) -> dict[str, Any]:
+    """lm-eval's configuration of a task of ours under a protocol."""
+    spec = _read_yaml(task.yaml)
+    if protocol == "paper":
+        overlay = _read_yaml(FOLDER / spec["metadata"]["paper"])
+        metric = overlay.pop("primary_metric", spec["metadata"]["primary_metric"])
+        spec |= overlay
+        spec["metadata"] = {**spec["metadata"], "primary_metric": metric}
+    known = spec.get("dataset_kwargs", {})
+    own = {"record_task": _full(task.name), "shots": shots, "small": task.small}
+    return spec | {
+        "task": f"{PREFIX}{task.name}",
+        "num_fewshot": shots,
+        "dataset_kwargs": {**known, **own},
+    }
+
+
 def _find(name: str, data: Path | None) -> TaskSource:
-    path = FOLDER / f"{name}.yaml"
-    known = name in known_tasks()
-    if not known and (data is None or not NAME.match(name) or not _local_names(name, data)):
-        raise EvaluationError(_unknown(name, data))
+    if name.startswith(FOREIGN):
+        bare = name.removeprefix(FOREIGN)
+        return _find_foreign(bare, f"{name}: lm-eval has no such task, and it is no .yaml file")
+    full = _full(name)
+    local = data is not None and bool(NAME.match(full)) and _local_names(full, data)
+    if full not in known_tasks() and not local:
+        if not NAME.match(name) or (data is not None and not data.is_dir()):
+            raise EvaluationError(_unknown(name, data))
+        return _find_foreign(name, _unknown(name, data))
+    path = FOLDER / f"{full}.yaml"
+    if full not in known_tasks():
+        assert data is not None
+        path = GENERIC[shape_of(local_file(full, data))]
+    settings = _read_yaml(path)["metadata"]
+    small = settings["small_size"] if name != full else None
     if data is None:
-        return TaskSource(name, path, _hub_source(path), "", "")
-    file = utils.local_file(name, data)
-    utils.read_records(file)
+        return TaskSource(name, path, _hub_source(path), "", "", small)
+    file = local_file(full, data)
+    read_records(file, settings["shape"])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return TaskSource(name, path if known else GENERIC, str(file), digest, str(data))
+    return TaskSource(name, path, str(file), digest, str(data), small)
+
+
+def _find_foreign(name: str, message: str) -> TaskSource:
+    path = foreign_file(name)
+    if path is None:
+        raise EvaluationError(message)
+    own = path.stem if name.endswith(".yaml") else name
+    return TaskSource(own, path, f"{FOREIGN}{name}", "", "")
+
+
+def _full(name: str) -> str:
+    """The task that a subset is of; any other name as it is."""
+    return name.removesuffix(SMALL)
 
 
 def _local_names(name: str, data: Path) -> bool:
     return any((data / file).is_file() for file in (f"eval_{name}.jsonl", f"{name}.jsonl"))
 
 
+def _offered() -> str:
+    return f"{', '.join(known_tasks())} (each also as NAME{SMALL}) and {', '.join(GROUPS)}"
+
+
 def _unknown(name: str, data: Path | None) -> str:
-    known = list(known_tasks())
-    message = f"{name}: unknown task{{}}. There are {', '.join(known)}"
+    known = [*known_tasks(), *GROUPS]
+    message = f"{name}: unknown task{{}}. There are {_offered()}, lm-eval's own tasks"
     if data is None:
-        message += ", and with --data DIR any DIR/NAME.jsonl of multiple-choice records"
+        message += ", and with --data DIR any DIR/NAME.jsonl"
     elif data.is_dir():
         local = sorted({path.stem.removeprefix("eval_") for path in data.glob("*.jsonl")})
         shown = ", ".join(local[:SHOWN]) + (", ..." if len(local) > SHOWN else "")
@@ -144,7 +232,7 @@ def _hub_source(path: Path) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """One task file without its includes; `!function utils.NAME` becomes the function."""
+    """One task file with what it includes; `!function utils.NAME` becomes the function."""
 
     class Loader(yaml.SafeLoader):
         """Its own class, because constructors are registered on the class."""
@@ -154,4 +242,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     Loader.add_constructor("!function", function)
     content: dict[str, Any] = yaml.load(path.read_text("utf-8"), Loader=Loader)  # noqa: S506
-    return content
+    included = content.pop("include", None)
+    return {**_read_yaml(path.parent / included), **content} if included else content

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError, OutputError, RecipeError
-from taia.evaluation.catalogue import TaskSource, find_tasks, load_task
+from taia.evaluation.catalogue import TaskSource, expand_groups, find_tasks, load_task
+from taia.evaluation.examples import primary_metric
 from taia.evaluation.protocol import check_protocol
 from taia.evaluation.result import (
     Example,
@@ -98,7 +99,7 @@ def evaluate(
     Raises a TaiaError; what was complete by then stays.
     """
     check_options(protocol, limit, batch_size, dtype, adapter, tuned, shots)
-    out = Path(out)
+    out, tasks = Path(out), expand_groups(tasks)
     earlier = _earlier(out, overwrite=overwrite)
     named = parse_variants(variants)
     if earlier is not None:  # a run is a full table: what is added, is added for all
@@ -276,7 +277,7 @@ def _run(job: Job, earlier: Settings | None, *, overwrite: bool) -> None:
         for task in job.tasks
     }
     settings = replace(job.asked, tasks=infos)
-    tokenizer = shared_tokenizer(job.base, job.change, chat=settings.protocol == "chat")
+    tokenizer = shared_tokenizer(job.base, job.change, chat=settings.protocol != "plain")
     wanted = [variant for variant in settings.variants if missing[variant]]
     for variant, lm in variant_models(
         job.base,
@@ -298,8 +299,7 @@ def _run(job: Job, earlier: Settings | None, *, overwrite: bool) -> None:
 def _task_info(job: Job, source: TaskSource, task: Task) -> TaskInfo:
     count = len(task.eval_docs)
     examples = count if job.asked.limit is None else min(count, job.asked.limit)
-    metric = task.config.metadata["primary_metric"]
-    return TaskInfo(examples, metric, source.source, source.sha256 or None)
+    return TaskInfo(examples, primary_metric(task), source.source, source.sha256 or None)
 
 
 def _score(job: Job, lm: HFLM, variant: Variant, source: TaskSource, task: Task) -> list[Example]:
@@ -315,7 +315,7 @@ def _score(job: Job, lm: HFLM, variant: Variant, source: TaskSource, task: Task)
         source.name,
         task,
         limit=job.asked.limit,
-        chat=job.asked.protocol == "chat",
+        protocol=job.asked.protocol,
         on_progress=told,
     )
 

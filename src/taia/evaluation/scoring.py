@@ -1,4 +1,4 @@
-"""One model, one task: log-likelihoods through lm-eval, without its noise.
+"""One model, one task: log-likelihoods and generated answers through lm-eval, without its noise.
 
 The prompts, the metrics and the model wrapper are lm-eval's. What is added: the choices
 of a question share one pass over their prompt (1.4 to 4 times fewer tokens on PIQA to
@@ -16,11 +16,12 @@ import contextlib
 import functools
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError
+from taia.evaluation.examples import example
+from taia.evaluation.protocol import request_options, staged
 from taia.evaluation.result import Example
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def wrap(
     makes another class of the usual one.
     """
     with quiet_lm_eval():
-        return change(_wrapper_class())(
+        return change(staged(_wrapper_class()))(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
         )
 
@@ -62,7 +63,7 @@ def score(
     task: Task,
     *,
     limit: int | None = None,
-    chat: bool = True,
+    protocol: str = "chat",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
     """Every example of `task`, or the first `limit`, as `lm` answers it now.
@@ -79,7 +80,7 @@ def score(
                 {"tasks": {name: task}},
                 limit=limit,
                 bootstrap_iters=0,
-                apply_chat_template=chat,
+                **request_options(protocol),
             )
         except EvaluationError:
             raise
@@ -89,8 +90,9 @@ def score(
             hint = f". {OUT_OF_MEMORY}" if "memory" in str(error) else ""
             reason = f"lm-eval stopped with {type(error).__name__}: {error}{hint}"
             raise EvaluationError(f"{name}: {reason}") from error
-    metric = task.config.metadata["primary_metric"]
-    return [_example(name, metric, sample) for sample in results["samples"][name]]
+    samples = results["samples"][name]
+    first = samples[0]["filter"]  # a task of lm-eval may read its answers in several ways
+    return [example(name, task, sample) for sample in samples if sample["filter"] == first]
 
 
 @contextlib.contextmanager
@@ -119,31 +121,6 @@ def quiet_lm_eval() -> Iterator[None]:
         cut.removeFilter(only_cuts)
         logger.setLevel(levels[0])
         cut.setLevel(levels[1])
-
-
-def _example(task: str, metric: str, sample: dict[str, Any]) -> Example:
-    """One of lm-eval's samples as a line of a result file."""
-    doc = sample["doc"]
-    values = [float(value) for value, _ in sample["filtered_resps"]]
-    if not all(math.isfinite(value) for value in values):
-        raise EvaluationError(
-            f"{task}: example {doc['id']}: the model's log-likelihoods are {values}. Its weights "
-            "or activations overflow: try --dtype float32, or look at the fine-tuning"
-        )
-    lengths = [len(choice) if metric == "acc_norm" else 1 for choice in doc["choices"]]
-    ranked = [value / length for value, length in zip(values, lengths, strict=True)]
-    return Example(
-        task=task,
-        id=doc["id"],
-        prompt_hash=sample["prompt_hash"][:16],
-        prediction=ranked.index(max(ranked)),
-        target=int(sample["target"]),
-        correct=float(sample[metric]),
-        metric=metric,
-        metrics={key: float(sample[key]) for key in ("acc", "acc_norm")},
-        loglikelihoods=tuple(round(value, 6) for value in values),
-        subject=doc["subject"],
-    )
 
 
 @functools.cache

@@ -1,0 +1,104 @@
+"""One of lm-eval's samples as one line of a result file.
+
+Multiple choice, generated answers, and any other task of lm-eval that scores its examples
+one by one. Limits: a metric that only a whole data set has (perplexity, a corpus BLEU) is no
+score of an example, and a task that has no other is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from taia.errors import EvaluationError
+from taia.evaluation.result import Example
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+__all__ = ["example", "primary_metric"]
+
+UNREAD = "[invalid]"
+"""What lm-eval's filters make of a text in which they find no answer."""
+
+
+def primary_metric(task: Task) -> str:
+    """The metric that a table shows: the one a task of ours names, else lm-eval's first."""
+    metadata = task.config.metadata
+    if isinstance(metadata, dict) and "primary_metric" in metadata:
+        return str(metadata["primary_metric"])
+    return str(next(iter(task.aggregation())))
+
+
+def example(name: str, task: Task, sample: Mapping[str, Any]) -> Example:
+    """A line of the result file of the task `name`.
+
+    `sample`: as lm-eval logs it: doc, doc_id, target, filtered_resps, prompt_hash, and every
+    metric under its name. Raises EvaluationError for broken numbers and scores of no example.
+    """
+    metric = primary_metric(task)
+    doc = sample["doc"]
+    responses = sample["filtered_resps"]
+    metrics = {key: _number(sample[key]) for key in sample["metrics"] if key != "parsed"}
+    metrics = {key: value for key, value in metrics.items() if value is not None}
+    correct = metrics.get(metric)
+    if correct is None or not 0 <= correct <= 1:
+        raise EvaluationError(
+            f"{name}: {metric} is {sample.get(metric)!r} for one example, not a score from 0 to 1; "
+            "run the task with lm-eval itself"
+        )
+    chosen = task.OUTPUT_TYPE == "multiple_choice"
+    values = [float(value) for value, _ in responses] if chosen else []
+    if not all(math.isfinite(value) for value in values):
+        raise EvaluationError(
+            f"{name}: example {_id(sample)}: the model's log-likelihoods are {values}. Its weights "
+            "or activations overflow: try --dtype float32, or look at the fine-tuning"
+        )
+    prediction = _choice(task, doc, metric, values) if chosen else _text(responses[0])
+    parsed = bool(sample["parsed"]) if "parsed" in sample["metrics"] else prediction != UNREAD
+    return Example(
+        task=name,
+        id=_id(sample),
+        prompt_hash=sample["prompt_hash"][:16],
+        prediction=prediction,
+        target=_target(sample["target"]),
+        correct=correct if parsed else 0.0,
+        metric=metric,
+        metrics={key: value for key, value in metrics.items() if value is not None},
+        loglikelihoods=tuple(round(value, 6) for value in values),
+        parsed=parsed,
+        subject=str(doc.get("subject") or ""),
+    )
+
+
+def _id(sample: Mapping[str, Any]) -> str:
+    """The record's own id where the task is ours, else its number in the data set."""
+    doc = sample["doc"]
+    ours = isinstance(doc.get("id"), str) and "subject" in doc
+    return str(doc["id"]) if ours else str(sample["doc_id"])
+
+
+def _choice(task: Task, doc: Mapping[str, Any], metric: str, values: list[float]) -> int:
+    lengths = [1] * len(values)
+    if metric == "acc_norm":
+        lengths = [len(choice) for choice in task.doc_to_choice(doc)]
+    ranked = [value / length for value, length in zip(values, lengths, strict=False)]
+    return ranked.index(max(ranked))
+
+
+def _target(target: object) -> int | str:
+    if isinstance(target, bool) or not isinstance(target, int | str):
+        return str(target)
+    return target
+
+
+def _text(response: object) -> str:
+    return response if isinstance(response, str) else str(response)
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
