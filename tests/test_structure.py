@@ -58,6 +58,8 @@ FLOORS = [
     {"remote", "files"},
     {"untrusted", "json_stream", "copying", "workers"},
     {"stopping"},
+    {"generation"},
+    {"slots"},
     {"errors"},
 ]
 """From the top down. A module imports from its own floor and from those below."""
