@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,15 @@ from taia.evaluation.power import LEVEL
 from taia.files import atomic_write
 from taia.report_plots import heat_map, label, loss_curve
 from taia.report_scores import difference_axis, forest, how_asked, score_table
+from taia.report_shares import share_charts
 from taia.report_text import DETECTABLE, corrected
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from taia.evaluation.summary import Summary
 
-__all__ = ["report", "verdict"]
+__all__ = ["facts_of_training", "page_maker", "report", "verdict"]
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -143,45 +145,56 @@ def _side(mean: float) -> str:
     return "above" if mean > 0 else "below"
 
 
-def render_html(run: Run) -> str:
-    """The whole page as text. Raises DependencyError."""
+def page_maker() -> Environment:
+    """What fills in the templates. Raises DependencyError."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise DependencyError(
             "report.html needs jinja2; install it with `pip install 'taia[report]'`"
         ) from error
+    environment = Environment(
+        loader=PackageLoader("taia", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["label"] = label
+    return environment
+
+
+def render_html(run: Run) -> str:
+    """The whole page as text. Raises DependencyError."""
     from taia.evaluation.summary import REFERENCES
 
-    template = resources.files("taia").joinpath("report_template.html.jinja").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["label"] = label
     summary = run.summary
     axis = difference_axis(summary)
     told = run.lock.get("report", {})
     forests = [made for name in REFERENCES if (made := forest(summary, name, axis))]
-    return environment.from_string(template).render(
-        title=told.get("title") or f"What of the fine-tuning to keep: {_short(run.folder.name)}",
-        expected=told.get("expected") or "",
-        outcome=verdict(summary),
-        summary=summary,
-        table=score_table(summary),
-        forests=forests,
-        asked=how_asked(summary),
-        corrected=corrected(summary),
-        detectable=DETECTABLE,
-        unread=_unread(summary),
-        clustered=[name for name, task in summary["tasks"].items() if task["subjects"]],
-        curve=loss_curve(run.log),
-        heat=heat_map(run.deltas),
-        training=_training(run.training),
-        settings=_settings(summary),
-        versions=sorted(_versions(run).items()),
-        hashes=_hashes(run),
-        tasks=[(name, task, _short(task["source"])) for name, task in summary["tasks"].items()],
-        recipe=run.recipe,
+    return (
+        page_maker()
+        .get_template("report_template.html.jinja")
+        .render(
+            title=told.get("title")
+            or f"What of the fine-tuning to keep: {_short(run.folder.name)}",
+            expected=told.get("expected") or "",
+            outcome=verdict(summary),
+            summary=summary,
+            table=score_table(summary),
+            forests=forests,
+            asked=how_asked(summary),
+            corrected=corrected(summary),
+            detectable=DETECTABLE,
+            unread=_unread(summary),
+            clustered=[name for name, task in summary["tasks"].items() if task["subjects"]],
+            curve=loss_curve(run.log),
+            shares=share_charts(run.log, run.training),
+            heat=heat_map(run.deltas),
+            training=facts_of_training(run.training),
+            settings=_settings(summary),
+            versions=sorted(_versions(run).items()),
+            hashes=_hashes(run),
+            tasks=[(name, task, _short(task["source"])) for name, task in summary["tasks"].items()],
+            recipe=run.recipe,
+        )
     )
 
 
@@ -206,15 +219,17 @@ def _settings(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts_of_training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The facts of train.json in reading order; unknown settings are shown as they are."""
     if not train:
         return []
     data = train.get("data") or {}
+    source = data.get("path", "")
+    names = [part["name"] for part in data.get("parts") or ()]
     rows = [
         ("Method", train.get("method")),
         ("Trained", train.get("train")),
-        ("Data", _short(str(data.get("path", "")))),
+        ("Data", _short(source) if isinstance(source, str) else ", ".join(names)),
         ("Examples", data.get("examples")),
         ("Steps", train.get("steps")),
         ("Tokens trained on", train.get("tokens")),

@@ -260,7 +260,9 @@ def run(options: argparse.Namespace) -> None:
 
 def report_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia report`."""
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "folder", metavar="RUN", type=Path, help="the folder of a run or of a training"
+    )
     parser.add_argument(
         "--markdown", action="store_true", help="print Markdown, with the paired differences"
     )
@@ -269,6 +271,14 @@ def report_options(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Print the table of a run and write its report.html."""
+    from taia.report_training import is_training, report_training
+
+    if is_training(options.folder):
+        if options.markdown or options.as_json:
+            raise RecipeError(f"{options.folder}: a training alone has no table of scores; "
+                              "without --markdown and --json its page is written")  # fmt: skip
+        print(f"report: {report_training(options.folder)}")
+        return
     page = _write_report(options.folder)
     if options.markdown and is_sweep(options.folder):
         from taia.sweep_report import render_sweep_markdown
