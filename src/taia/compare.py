@@ -9,29 +9,24 @@ and not mapped: a mapped file that shrinks would kill the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from threading import local
-from typing import Any, TypeVar
+from typing import Any
 
 from taia.holes import refuse_hole
-from taia.stopping import refuse_stopped
 from taia.untrusted import open_regular
-from taia.workers import cores
+from taia.workers import results
 
-__all__ = ["JOB", "STEP", "Pair", "differing", "in_threads", "read_into"]
+__all__ = ["JOB", "STEP", "Pair", "differing", "read_into"]
 
 STEP = 1 << 20
 """Bytes of each side in memory at a time, a thread."""
 
 JOB = 32 << 20
 """Bytes of one task of a thread."""
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +47,7 @@ def differing(pairs: Iterable[Pair]) -> set[str]:
     A file that ends too early differs. Raises CheckpointError for one that cannot be read.
     """
     buffers = local()
-    found: set[str] = set()
-    for names in in_threads(_jobs(_runs(pairs)), lambda job: _differing(job, buffers)):
-        found |= names
-    return found
-
-
-def in_threads(tasks: Iterable[Task], work: Callable[[Task], Result]) -> Iterator[Result]:
-    """The result of every task, worked on by as many threads as there are cores."""
-    with ThreadPoolExecutor(cores()) as pool:
-        try:
-            for result in pool.map(work, tasks):
-                refuse_stopped()
-                yield result
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    return set().union(*results(_jobs(_runs(pairs)), lambda job: _differing(job, buffers)))
 
 
 def read_into(file: FileIO, buffer: Any, start: int) -> bool:

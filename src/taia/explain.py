@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
-from taia.compare import Pair, differing, in_threads
+from taia.compare import Pair, differing
 from taia.errors import SourceError
 from taia.kinds import Address, classify_all
 from taia.plan import plan
 from taia.selection import Selection
 from taia.selection_of import selection_of
 from taia.sources import Source
+from taia.workers import results
 
 __all__ = ["Explanation", "Match", "Part", "explain"]
 
@@ -184,7 +185,7 @@ def _compared(
         size = (found if name in found else base.tensors)[name].bytes
         parts.append(Part(name, address, match, size))
     comparable = set(like[id(base)]) & set(like[id(tuned)])
-    return list(in_threads(parts, lambda part: _blended(part, base, tuned, unknown, comparable)))
+    return results(parts, lambda part: _blended(part, base, tuned, unknown, comparable))
 
 
 def _alike(tensor: Tensor, found: Mapping[str, Tensor], name: str) -> bool:

@@ -14,9 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from taia.compare import JOB, in_threads
+from taia.compare import JOB
 from taia.receipt import ALGORITHM, Algorithm, Entry
 from taia.untrusted import open_regular
+from taia.workers import results
 
 __all__ = ["digests", "with_digests"]
 
@@ -36,7 +37,7 @@ def digests(folder: Path, entries: Iterable[Entry], algorithm: Algorithm) -> dic
     Raises CheckpointError for a file that cannot be read.
     """
     found: dict[str, str] = {}
-    for part in in_threads(_jobs(entries), lambda job: _digests(folder, job, algorithm)):
+    for part in results(_jobs(entries), lambda job: _digests(folder, job, algorithm)):
         found |= part
     return found
 

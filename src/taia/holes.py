@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.errors import SourceError
-from taia.remote import MIRROR_MARKER
 
 if TYPE_CHECKING:
     from taia.mirror import Mirror
 
-__all__ = ["mirror_of", "refuse_hole"]
+__all__ = ["MIRROR_MARKER", "mirror_of", "refuse_hole"]
+
+MIRROR_MARKER = ".taia-mirror.json"
+"""The file that tells a mirror (see `taia.mirror`) from a folder whose weights are all there."""
 
 
 def refuse_hole(path: Path, start: int, stop: int) -> None:

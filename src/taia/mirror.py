@@ -30,7 +30,8 @@ from pathlib import Path
 
 from taia.errors import OutputError, SourceError
 from taia.files import atomic_write, check_room, read_json, staged_folder
-from taia.remote import MIRROR_MARKER, Remote, Stated, plain_name
+from taia.holes import MIRROR_MARKER
+from taia.remote import Remote, Stated, plain_name
 from taia.transfer import Range, find, merged, parts, read, subtracted, total
 
 __all__ = ["Mirror", "is_incomplete", "mirror_at", "open_mirror"]

@@ -20,7 +20,6 @@ from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import SourceError
-from taia.experts import NO_DELTA, Experts
 from taia.fused import Parts, cut_of, part_strengths
 from taia.kinds import Address, Kind, classify_all
 from taia.layouts import align
@@ -131,6 +130,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
 
 def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Plan:
     """Tensors that the adapter does not touch are the base's at any strength."""
+    from taia.experts import NO_DELTA, Experts
     from taia.vectors import TokenRows
 
     addresses = classify_all(base.tensors, base.model_type, base.config)

@@ -19,7 +19,6 @@ from typing import Protocol
 from taia.errors import SourceError
 
 __all__ = [
-    "MIRROR_MARKER",
     "Remote",
     "Stated",
     "TransferError",
@@ -27,9 +26,6 @@ __all__ = [
     "matches",
     "plain_name",
 ]
-
-MIRROR_MARKER = ".taia-mirror.json"
-"""The file that tells a mirror (see `taia.mirror`) from a folder whose weights are all there."""
 
 MAX_FILE_BYTES = 1 << 50
 """No file of a model has a pebibyte; a server that states more states nonsense."""

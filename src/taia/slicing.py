@@ -35,11 +35,11 @@ from taia.experts import Experts
 from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
 from taia.fused import Parts
 from taia.hashing import with_digests
+from taia.holes import MIRROR_MARKER
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.plan import Origin, shapes_of
 from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
-from taia.remote import MIRROR_MARKER
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 from taia.stacked import StackedModule

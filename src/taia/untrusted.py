@@ -40,7 +40,7 @@ def open_regular(path: Path) -> FileIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file; put the file itself there")
-    return FileIO(descriptor, "rb")
+    return FileIO(path, "rb", opener=lambda *_: descriptor)  # whose errors name the path
 
 
 def refuse_stray_link(path: Path) -> None:

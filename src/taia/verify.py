@@ -20,7 +20,7 @@ from pathlib import Path
 
 from taia.adapter import WEIGHTS, read_adapter
 from taia.checkpoint import INDEX, Checkpoint, Tensor, open_checkpoint, read_header
-from taia.compare import Pair, differing, in_threads
+from taia.compare import Pair, differing
 from taia.errors import CheckpointError, TaiaError, VerificationError
 from taia.files import read_json
 from taia.hashing import digests
@@ -30,6 +30,7 @@ from taia.receipt import RECEIPT, Entry, Receipt, source_faults
 from taia.slicing import sliced_tensors
 from taia.ties import tie_faults
 from taia.untrusted import open_regular
+from taia.workers import results
 from taia.writing import header_digest
 
 __all__ = ["verify"]
@@ -215,7 +216,7 @@ def _differing(folder: Path, entries: Sequence[Entry], parts: Mapping[str, Piece
             different.add(entry.name)
         else:
             copies.append(_pair(folder, entry, part.folder, part.tensor))
-    equal = in_threads(others, lambda task: _as_computed(folder, *task))
+    equal = results(others, lambda task: _as_computed(folder, *task))
     for (entry, _), same in zip(others, equal, strict=True):
         if not same:
             different.add(entry.name)

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from taia.stopping import refuse_stopped
 
-__all__ = ["cores", "nothing", "on_all_cores"]
+__all__ = ["MOST", "cores", "nothing", "on_all_cores", "results"]
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 MOST = 16
 """Threads at most; a disk is busy long before."""
@@ -70,6 +71,18 @@ def on_all_cores(
     _join(helpers)
     if failures:
         raise failures[0]
+
+
+def results(tasks: Iterable[Task], work: Callable[[Task], Result]) -> list[Result]:
+    """What `work` gives for every task, in the order of the tasks."""
+    found: dict[int, Result] = {}
+
+    def keep(numbered: tuple[int, Task]) -> None:
+        number, task = numbered
+        found[number] = work(task)
+
+    on_all_cores(enumerate(tasks), keep)
+    return [found[number] for number in range(len(found))]
 
 
 def cores() -> int:
