@@ -1,19 +1,22 @@
 """Time and memory of `taia splice` on synthetic Llama checkpoints, beside cp and mergekit.
 
     python benchmarks/large.py [--layers 8 24] [--repeats 3] [--folder DIR] [--no-mergekit]
+                               [--limit 600]
 
 Layers of the 7B shape in bfloat16: 8 of them are 3.8 GB, 24 are 10 GB, and a base, a tuned model
 and an output stand on the disk at a time. Every tool runs in a process of its own, in turns,
 the output removed and nothing waiting to be written. Where the two models fit into a third of
 the memory both are read beforehand, so that all tools find them in the page cache; else both
 are put out of it. The median counts, and the spread is printed. `cp` leaves its bytes in the
-cache, taia waits until they are on the disk: `cp and sync` does so too.
+cache, taia waits until they are on the disk: `cp and sync` does so too. Every measurement is told
+as it comes; a command is given `--limit` seconds, and one that needs more is not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -114,7 +117,9 @@ def tools(folder: Path, with_mergekit: bool) -> dict[str, list[str]]:
     return commands
 
 
-def measure(folder: Path, repeats: int, with_mergekit: bool) -> tuple[str, str]:
+def measure(
+    folder: Path, repeats: int, with_mergekit: bool, limit: float | None
+) -> tuple[str, str]:
     """A line about the run, and its table."""
     models = [folder / "base", folder / "tuned"]
     total = sum(file.stat().st_size for file in files_of(models))
@@ -124,9 +129,13 @@ def measure(folder: Path, repeats: int, with_mergekit: bool) -> tuple[str, str]:
         for name, command in tools(folder, with_mergekit).items():
             if name.startswith("mergekit") and turn and repeats <= 3:
                 continue  # it takes half a minute, and is far away
+            if turn and math.isinf(seen[name][0][0]):
+                continue
             shutil.rmtree(folder / "out", ignore_errors=True)
             prepare(models)
-            seen.setdefault(name, []).append(run(command)[:2])
+            taken, peak, _ = run(command, limit)
+            seen.setdefault(name, []).append((taken, peak))
+            print(f"turn {turn + 1}: {name}: {taken:.2f} s, {peak:.0f} MiB", file=sys.stderr)
     shutil.rmtree(folder / "out", ignore_errors=True)
     seconds = {name: statistics.median(t for t, _ in runs) for name, runs in seen.items()}
     rows = {
@@ -153,6 +162,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the models are made; a temporary one")
     parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a command may take")
     parser.add_argument(
         "--make", nargs=3, metavar=("DIR", "LAYERS", "SEED"), help=argparse.SUPPRESS
     )
@@ -169,7 +179,7 @@ def main() -> None:
                 # in a process of its own: a child's peak memory counts from its parent's
                 words = ["--make", str(folder / model), str(layers), str(seed)]
                 subprocess.run([sys.executable, __file__, *words], check=True)
-            line, rows = measure(folder, options.repeats, not options.no_mergekit)
+            line, rows = measure(folder, options.repeats, not options.no_mergekit, options.limit)
         print(f"{layers} layers of the 7B shape, {line}\n\n{rows}\n", flush=True)
 
 

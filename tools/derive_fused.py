@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_laws import attention_rows, feed_forward_rows
+from shipped import write_or_check
 from small_models import small
 
 from taia.derivation.models import causal_types
@@ -170,12 +171,7 @@ def main() -> int:
     if options.types:
         print(text)
         return 0
-    if options.check:
-        same = TABLE.read_text(encoding="utf-8") == text
-        print("the shipped table is the derived one" if same else "the shipped table differs")
-        return 0 if same else 1
-    TABLE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(TABLE, text, check=options.check)
 
 
 if __name__ == "__main__":

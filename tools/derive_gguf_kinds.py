@@ -28,6 +28,7 @@ from gguf.constants import (
     MODEL_TENSORS,
     TENSOR_NAMES,
 )
+from shipped import write_or_check
 
 OUT = Path(__file__).parents[1] / "src" / "taia" / "gguf_kinds.json"
 
@@ -154,14 +155,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     made = table()
     text = json.dumps(made, indent=1) + "\n"
-    counts = f"{len(MODEL_TENSOR)} tensors of {len(MODEL_ARCH_NAMES)} architectures, 0 unclassified"
-    if parser.parse_args().check:
-        current = OUT.read_text(encoding="utf-8") == text
-        print(f"{counts}; {OUT.name} is {'current' if current else 'not current'}")
-        return 0 if current else 1
-    OUT.write_text(text, encoding="utf-8")
-    print(f"{counts}; written to {OUT.name}")
-    return 0
+    print(f"{len(MODEL_TENSOR)} tensors of {len(MODEL_ARCH_NAMES)} architectures, 0 unclassified")
+    return write_or_check(OUT, text, check=parser.parse_args().check)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kinds_page import page
+from shipped import write_or_check
 
 from taia.derivation.family import forms_of, table_of
 from taia.derivation.models import FOREIGN, architectures, causal_types
@@ -152,13 +153,9 @@ def main() -> int:
     if derived.failed or derived.disagreements:
         return 1
     text = to_lines(derived.tables, transformers.__version__)
-    if options.check:
-        same = TABLE.read_text(encoding="utf-8") == text
-        print("the shipped table is the derived one" if same else "the shipped table differs")
-        return 0 if same else 1
-    TABLE.write_text(text, encoding="utf-8")
-    PAGE.write_text(page(text), encoding="utf-8")
-    return 0
+    if not options.check:
+        PAGE.write_text(page(text), encoding="utf-8")
+    return write_or_check(TABLE, text, check=options.check)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from shipped import write_or_check
+
 from taia.derivation.models import build
 from taia.derivation.models import causal_types as model_types
 
@@ -120,12 +122,7 @@ def main() -> int:
     rules = sum(len(layout["renamings"]) + len(layout["converters"]) for layout in found.values())
     print(f"model types done      {len(found)}, with {rules} rules")
     print(f"model types failed    {len(failed)}: {', '.join(sorted(failed))}")
-    if options.check:
-        same = TABLE.read_text(encoding="utf-8") == text
-        print("the shipped table is the derived one" if same else "the shipped table differs")
-        return 0 if same else 1
-    TABLE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(TABLE, text, check=options.check)
 
 
 if __name__ == "__main__":
