@@ -9,11 +9,11 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from http_tools import Answering, serve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors",)
@@ -29,12 +29,7 @@ class Hub:
         self.commits: list[list[dict[str, Any]]] = []
         self.created: list[dict[str, Any]] = []
         self.commit, self.broken = COMMIT, False
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self})
-        )
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server, self.url = serve(type("Bound", (_Handler,), {"hub": self}))
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """The variables that lead huggingface_hub here."""
@@ -51,12 +46,8 @@ def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Answering):
     hub: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -211,11 +202,3 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         told = {"Content-Type": "application/json"} | (headers or {})
         self._send(status, told, json.dumps(value).encode())
-
-    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_tools import serve
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 CONFIG = """
@@ -87,10 +88,8 @@ class Proxy:
 
 
 def _start(handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server, _ = serve(handler)
     server.handle_error = lambda *_: None  # a client that was killed is meant
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return server
 
 

@@ -7,27 +7,22 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 import pytest
 from conftest import build
+from http_tools import Answering, serve
 
 import taia
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     """ListObjectsV2, HEAD and ranged GET of `root`/BUCKET/KEY; every seventh GET fails."""
 
-    protocol_version = "HTTP/1.1"
     root: Path
-    count = sent = 0
-
-    def log_message(self, *_: object) -> None:
-        pass
+    count = 0
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -75,15 +70,6 @@ class Handler(BaseHTTPRequestHandler):
         )
         self._send(200, {"Content-Type": "application/xml"}, text.encode())
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-            type(self).sent += len(body)
-
 
 @pytest.fixture
 def storage(tmp_path):
@@ -93,10 +79,7 @@ def storage(tmp_path):
         model = build("llama", seed, hidden_size=256, intermediate_size=512, vocab_size=500)
         model.save_pretrained(root / "bucket" / "models" / name, max_shard_size="4MB")
     handler = type("Bound", (Handler,), {"root": root})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server, handler.url = serve(handler)
     yield handler
     server.shutdown()
     server.server_close()

@@ -140,18 +140,24 @@ class Mirror:
         for name in missing:
             self._check_digest(name)
 
-    def fetch_all(self, companions: Sequence[str]) -> None:
-        """Download whatever is missing of the weights, and the small files."""
+    def fetch_all(self, companions: Sequence[str], have: Mapping[str, bytes] | None = None) -> None:
+        """Download whatever is missing of the weights, and the small files but those in `have`."""
         with self.locked():
             self.fetch({name: [(0, stated.size)] for name, stated in self.weights.items()})
-            self.fetch_companions(companions)
+            self.fetch_companions(companions, have)
 
-    def fetch_companions(self, patterns: Sequence[str]) -> None:
-        """Bring the small files that match `patterns` (tokenizer, chat template) up to date."""
+    def fetch_companions(
+        self, patterns: Sequence[str], have: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Bring the small files that match `patterns` (tokenizer, chat template) up to date.
+
+        The content of those in `have` is not downloaded again.
+        """
         for name, stated in find(self.remote, patterns).items():
             if not name.endswith(".safetensors") and name != INDEX:
                 with writable(self.folder):
-                    _write_small(self.remote, self.folder, name, stated)
+                    chunks = [have[name]] if have and name in have else None
+                    _write_small(self.remote, self.folder, name, stated, chunks)
 
     def release(self) -> None:
         """Give the room of the weights back; headers stay."""
@@ -241,7 +247,7 @@ def open_mirror(remote: Remote) -> Mirror:
     mirror.settle()
     _opened[folder] = mirror
     if ADAPTER[0] in found:
-        mirror.fetch_all(["tokenizer*", "*.model", "*.jinja", "*.json", "*.txt"])
+        mirror.fetch_all(["tokenizer*", "*.model", "*.jinja", "*.json", "*.txt"], content)
     return mirror
 
 
@@ -363,12 +369,17 @@ def _small(remote: Remote, name: str, stated: Stated) -> Iterator[bytes]:
     return read(remote, name, stated, 0, stated.size)
 
 
-def _write_small(remote: Remote, folder: Path, name: str, stated: Stated) -> None:
-    """Write a small file in one step, checked against its SHA-256 where one is stated."""
+def _write_small(
+    remote: Remote, folder: Path, name: str, stated: Stated, chunks: Iterable[bytes] | None
+) -> None:
+    """Write a small file in one step, checked against its SHA-256 where one is stated.
+
+    Without `chunks` it is downloaded.
+    """
     partial = folder / f".{name}.partial"
     digest = hashlib.sha256()
     with partial.open("wb") as file:
-        for chunk in _small(remote, name, stated):
+        for chunk in _small(remote, name, stated) if chunks is None else chunks:
             digest.update(chunk)
             file.write(chunk)
     if stated.sha256 and digest.hexdigest() != stated.sha256:
