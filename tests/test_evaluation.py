@@ -21,7 +21,7 @@ from taia.errors import (
     TaiaError,
 )
 from taia.evaluation import harness
-from taia.evaluation.catalogue import FOLDER, find_tasks, load_task
+from taia.evaluation.catalogue import FOLDER
 from taia.evaluation.harness import evaluate
 from taia.evaluation.result import read_results
 
@@ -332,38 +332,12 @@ def test_weights_that_overflow_are_told(models, data, tmp_path):
         read_results(tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "mixtral"])
-def test_shared_prompts_change_no_number(family, data):
-    """Against lm-eval's wrapper as it comes; Gemma 3 has sliding windows and takes its path."""
-    import lm_eval
-    from conftest import build
-    from lm_eval.models.huggingface import HFLM
-
-    from taia.evaluation.scoring import _plain_cache, quiet_lm_eval, score, wrap
-
-    sizes = {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
-    model = build(family, 0, vocab_size=300, **sizes)
-    assert _plain_cache(model) == (family != "gemma3_text")
-    task = load_task(find_tasks(["arc_easy"], data)[0])
-    ours = score(wrap(model, tokenizer(), 8), "arc_easy", task)
-    with quiet_lm_eval():
-        plain = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=8)
-        theirs = lm_eval.evaluate(
-            plain, {"tasks": {"arc_easy": task}}, bootstrap_iters=0, apply_chat_template=True
-        )
-    for one, other in zip(ours, theirs["samples"]["arc_easy"], strict=True):
-        assert one.loglikelihoods == pytest.approx(
-            [v for v, _ in other["filtered_resps"]], abs=1e-3
-        )
-        assert one.correct == other["acc_norm"]
-
-
 @pytest.mark.slow
 def test_lm_evals_own_model_class_gives_the_same(run, models, adapter, data, tmp_path):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from taia.evaluation.scoring import quiet_lm_eval
+    from taia.evaluation.quiet import quiet_lm_eval
     from taia.splice import splice
 
     splice(models / "base", adapter, tmp_path / "taia", keep="attention", merge=True)

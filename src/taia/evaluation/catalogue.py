@@ -23,8 +23,8 @@ import yaml
 from taia.errors import EvaluationError, nearest
 from taia.evaluation.foreign import foreign_file, load_foreign
 from taia.evaluation.protocol import check_protocol
+from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.records import local_file, read_records, shape_of
-from taia.evaluation.scoring import quiet_lm_eval
 from taia.evaluation.tasks import utils
 
 if TYPE_CHECKING:

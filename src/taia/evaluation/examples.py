@@ -17,7 +17,7 @@ from taia.evaluation.result import Example
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["example", "primary_metric"]
+__all__ = ["example", "example_id", "primary_metric"]
 
 UNREAD = "[invalid]"
 """What lm-eval's filters make of a text in which they find no answer."""
@@ -50,16 +50,17 @@ def example(name: str, task: Task, sample: Mapping[str, Any]) -> Example:
         )
     chosen = task.OUTPUT_TYPE == "multiple_choice"
     values = [float(value) for value, _ in responses] if chosen else []
+    number = example_id(doc, sample["doc_id"])
     if not all(math.isfinite(value) for value in values):
         raise EvaluationError(
-            f"{name}: example {_id(sample)}: the model's log-likelihoods are {values}. Its weights "
+            f"{name}: example {number}: the model's log-likelihoods are {values}. Its weights "
             "or activations overflow: try --dtype float32, or look at the fine-tuning"
         )
     prediction = _choice(task, doc, metric, values) if chosen else _text(responses[0])
     parsed = bool(sample["parsed"]) if "parsed" in sample["metrics"] else prediction != UNREAD
     return Example(
         task=name,
-        id=_id(sample),
+        id=number,
         prompt_hash=sample["prompt_hash"][:16],
         prediction=prediction,
         target=_target(sample["target"]),
@@ -72,11 +73,10 @@ def example(name: str, task: Task, sample: Mapping[str, Any]) -> Example:
     )
 
 
-def _id(sample: Mapping[str, Any]) -> str:
+def example_id(doc: Mapping[str, Any], number: int) -> str:
     """The record's own id where the task is ours, else its number in the data set."""
-    doc = sample["doc"]
     ours = isinstance(doc.get("id"), str) and "subject" in doc
-    return str(doc["id"]) if ours else str(sample["doc_id"])
+    return str(doc["id"]) if ours else str(number)
 
 
 def _choice(task: Task, doc: Mapping[str, Any], metric: str, values: list[float]) -> int:

@@ -309,13 +309,13 @@ def _score(job: Job, lm: HFLM, variant: Variant, source: TaskSource, task: Task)
         if job.on_progress:
             job.on_progress(Progress(variant.name, source.name, done, total))
 
-    task.set_fewshot_seed(seed=job.asked.seed)
     return score(
         lm,
         source.name,
         task,
         limit=job.asked.limit,
         protocol=job.asked.protocol,
+        seed=job.asked.seed,
         on_progress=told,
     )
 

@@ -9,7 +9,8 @@ Limits: an adapter only; two checkpoints would have to be in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def prompt_losses(
     """
     import torch
 
-    from taia.evaluation.scoring import padded
+    from taia.evaluation.engine import padded
 
     losses = [0.0] * len(prompts)
     vocabulary = model.config.get_text_config().vocab_size
@@ -62,24 +63,17 @@ def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HF
     """A model wrapper like `usual` that switches by LoRACL; `using` is that of `taia.attach`."""
 
     class Choosing(usual):  # type: ignore[misc]
-        on_progress: Callable[[int, int], None] | None
-
-        def _loglikelihood_tokens(
-            self, requests: Sequence[Any], *rest: Any, **options: Any
-        ) -> list[Any]:
-            tuned, told = self.tuned(requests), self.on_progress
-            answers: dict[int, Any] = {}
+        def answer(
+            self, requests: Sequence[Any], known: AbstractSet[int]
+        ) -> Generator[dict[int, Any]]:
+            tuned = self.tuned(requests)
             for keep, wanted in (("none", False), ("all", True)):
                 chosen = [index for index, one in enumerate(tuned) if one is wanted]
-                self.on_progress = _further(told, len(answers), len(requests))
-                try:
-                    with using(keep):
-                        asked = [requests[index] for index in chosen]
-                        part = super()._loglikelihood_tokens(asked, *rest, **options)
-                finally:
-                    self.on_progress = told
-                answers.update(zip(chosen, part, strict=True))
-            return [answers[index] for index in range(len(requests))]
+                asked = [requests[index] for index in chosen]
+                there = {place for place, index in enumerate(chosen) if index in known}
+                with using(keep):
+                    for part in super().answer(asked, there):
+                        yield {chosen[place]: one for place, one in part.items()}
 
         def tuned(self, requests: Sequence[Any]) -> list[bool]:
             """Whether the tuned model answers each request (texts, prompt's tokens, choice's)."""
@@ -96,12 +90,3 @@ def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HF
             return [better[tuple(request[1])] for request in requests]
 
     return Choosing
-
-
-def _further(
-    told: Callable[[int, int], None] | None, before: int, total: int
-) -> Callable[[int, int], None] | None:
-    """`told` for a part of the requests, after `before` of `total`."""
-    if told is None:
-        return None
-    return lambda done, _: told(before + done, total)

@@ -1,60 +1,37 @@
-"""One model, one task: log-likelihoods and generated answers through lm-eval, without its noise.
+"""One model, one task: lm-eval's requests asked, its metrics taken, example by example.
 
-The prompts, the metrics and the model wrapper are lm-eval's. What is added: the choices
-of a question share one pass over their prompt (1.4 to 4 times fewer tokens on PIQA to
-CommonsenseQA, the same numbers up to rounding), log-probabilities are taken in float32,
-progress is a callback, and what cannot be scored is an error.
+lm-eval's task builds the requests, filters the responses and scores them, as in its own
+`evaluate`; here an example is scored as soon as all its responses are there and handed on, so
+that what is computed can be kept. What cannot be scored is an error.
 
-Limits: models whose cache is not a plain one for every layer (sliding windows,
-state-space and linear-attention layers), prompts beyond the model's length, and
-encoder-decoders take lm-eval's own path, which repeats the prompt for every choice.
+Limits: metrics of single examples, not of a whole data set (perplexity, a corpus BLEU).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError
-from taia.evaluation.examples import example
-from taia.evaluation.protocol import request_options, staged
+from taia.evaluation.examples import example, example_id
+from taia.evaluation.protocol import request_options
+from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.result import Example
 
 if TYPE_CHECKING:
-    import torch
+    from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["padded", "score", "wrap"]
+__all__ = ["quiet_lm_eval", "score"]
 
-Request = tuple[tuple[str, str], list[int], list[int]]
-"""lm-eval's: (prompt and choice as texts, prompt's tokens, choice's tokens)."""
-Answer = tuple[float, bool]
-"""lm-eval's: log-likelihood of the choice, and whether greedy decoding would give it."""
+STREAMED = ("loglikelihood",)
+"""Kinds of requests whose answers are told as they come."""
 
 OUT_OF_MEMORY = "the memory does not suffice; use a smaller --batch-size"
-
-
-def wrap(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    change: Callable[[type[HFLM]], type[HFLM]] = lambda usual: usual,
-) -> HFLM:
-    """lm-eval's view of a model in memory; no weight is copied.
-
-    `batch_size` counts (prompt, choice) pairs. The model may change under it (attach). `change`
-    makes another class of the usual one.
-    """
-    with quiet_lm_eval():
-        return change(staged(_wrapper_class()))(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
-        )
 
 
 def score(
@@ -64,24 +41,21 @@ def score(
     *,
     limit: int | None = None,
     protocol: str = "chat",
+    seed: int = 0,
+    done: Mapping[str, Example] | None = None,
+    on_examples: Callable[[Sequence[Example]], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
-    """Every example of `task`, or the first `limit`, as `lm` answers it now.
+    """Every example of `task`, or the first `limit`, as `lm` answers it now; in their order.
 
-    `on_progress(done, total)` counts (prompt, choice) pairs. Raises EvaluationError.
+    `done`: examples that are there already, by their id; those asked with another prompt are
+    asked again. `on_examples` is given the others as they come, in batches. `on_progress(done,
+    total)` counts requests. `seed` draws the few-shot examples. Raises EvaluationError.
     """
-    import lm_eval
-
-    lm.on_progress = on_progress
     with quiet_lm_eval():
         try:
-            results = lm_eval.evaluate(
-                lm,
-                {"tasks": {name: task}},
-                limit=limit,
-                bootstrap_iters=0,
-                **request_options(protocol),
-            )
+            asked = _Asked(lm, name, task, limit, protocol, seed, done or {})
+            asked.ask(on_examples, on_progress)
         except EvaluationError:
             raise
         except MemoryError as error:
@@ -90,173 +64,118 @@ def score(
             hint = f". {OUT_OF_MEMORY}" if "memory" in str(error) else ""
             reason = f"lm-eval stopped with {type(error).__name__}: {error}{hint}"
             raise EvaluationError(f"{name}: {reason}") from error
-    samples = results["samples"][name]
-    first = samples[0]["filter"]  # a task of lm-eval may read its answers in several ways
-    return [example(name, task, sample) for sample in samples if sample["filter"] == first]
+    return [asked.examples[number] for number in sorted(asked.examples)]
 
 
-@contextlib.contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """Neither lm-eval's log nor its progress bars inside the block; restored after it.
+class _Asked:
+    """The requests of a task, and the examples of which all responses are there."""
 
-    What it says of prompts that it cuts to the model's length still comes through.
-    """
-    import lm_eval.api.task as lm_eval_task
+    def __init__(
+        self,
+        lm: HFLM,
+        name: str,
+        task: Task,
+        limit: int | None,
+        protocol: str,
+        seed: int,
+        done: Mapping[str, Example],
+    ) -> None:
+        self.lm, self.name, self.task = lm, name, task
+        task.set_fewshot_seed(seed=seed)
+        options = request_options(protocol)
+        task.build_all_requests(
+            limit=limit,
+            chat_template=lm.apply_chat_template if options["apply_chat_template"] else None,
+            tokenizer_name=lm.tokenizer_name,
+            **options,
+        )
+        self.instances: dict[int, list[Instance]] = {}
+        for instance in task.instances:
+            self.instances.setdefault(instance.doc_id, []).append(instance)
+        for instances in self.instances.values():
+            instances.sort(key=lambda instance: instance.idx)
+        self.docs = dict(task.doc_iterator(rank=0, limit=limit, world_size=1))
+        self.examples: dict[int, Example] = {}
+        for number, doc in self.docs.items():
+            kept = done.get(example_id(doc, number))
+            if kept is not None and kept.prompt_hash == self._prompt_hash(number)[:16]:
+                self.examples[number] = kept
 
-    logger = logging.getLogger("lm_eval")
-    cut = logging.getLogger("lm_eval.models.huggingface")
-    levels, bar = (logger.level, cut.level), lm_eval_task.tqdm
+    def ask(
+        self,
+        on_examples: Callable[[Sequence[Example]], None] | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Have every request answered, kind by kind of request."""
+        kinds: dict[str, list[Instance]] = {}
+        for instance in self.task.instances:
+            repeated = [instance] * (instance.repeats or 1)
+            kinds.setdefault(instance.request_type, []).extend(repeated)
+        total = sum(map(len, kinds.values()))
+        finished = 0
 
-    def only_cuts(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.WARNING or "maximum length" in record.getMessage()
+        def take(instances: Sequence[Instance], answers: Mapping[int, Any]) -> None:
+            nonlocal finished
+            finished += len(answers)
+            for index, answer in answers.items():
+                instances[index].resps.append(answer)
+            touched = {instances[index].doc_id for index in answers}
+            ready = [number for number in sorted(touched) if self._is_ready(number)]
+            for number in ready:
+                self.examples[number] = self._example(number)
+            if ready and on_examples:
+                on_examples([self.examples[number] for number in ready])
+            if on_progress:
+                on_progress(finished, total)
 
-    logger.setLevel(logging.ERROR)
-    cut.setLevel(logging.WARNING)
-    cut.addFilter(only_cuts)
-    lm_eval_task.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        lm_eval_task.tqdm = bar
-        cut.removeFilter(only_cuts)
-        logger.setLevel(levels[0])
-        cut.setLevel(levels[1])
+        for kind, instances in kinds.items():
+            known = self._known(instances)
+            if kind not in STREAMED:
+                take(instances, dict(enumerate(getattr(self.lm, kind)(instances))))
+                continue
+            finished += len(known)
+            self.lm.known = known
+            self.lm.on_answers = functools.partial(take, instances)
+            try:
+                getattr(self.lm, kind)(instances)
+            finally:
+                self.lm.known, self.lm.on_answers = frozenset(), None
 
+    def _known(self, instances: Sequence[Instance]) -> AbstractSet[int]:
+        """The requests whose example is there."""
+        return frozenset(
+            index for index, one in enumerate(instances) if one.doc_id in self.examples
+        )
 
-@functools.cache
-def _wrapper_class() -> type[HFLM]:
-    """HFLM with shared prompts; made on first use, because lm-eval takes seconds to import."""
-    from lm_eval.models.huggingface import HFLM as Parent  # noqa: N811 (the name of the parent)
+    def _has_all(self, number: int) -> bool:
+        return all(len(one.resps) >= (one.repeats or 1) for one in self.instances[number])
 
-    class SharedPrompts(Parent):  # type: ignore[misc]
-        """lm-eval's model wrapper; the choices of one prompt share one pass over it."""
+    def _is_ready(self, number: int) -> bool:
+        return number not in self.examples and self._has_all(number)
 
-        on_progress: Callable[[int, int], None] | None = None
+    def _prompt_hash(self, number: int) -> str:
+        first = self.instances[number][0].arguments[0]
+        return hashlib.sha256(first.encode("utf-8")).hexdigest()
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(
-            self,
-            requests: Sequence[Request],
-            disable_tqdm: bool = True,  # noqa: ARG002
-            override_bs: int | None = None,
-        ) -> list[Answer]:
-            answers: dict[int, Answer] = {}
-            shareable = self._shareable(requests)
-            for batch in _batches(requests, shareable, int(self.batch_size)):
-                answers.update(zip(batch, self._shared(requests, batch), strict=True))
-                if self.on_progress:
-                    self.on_progress(len(answers), len(requests))
-            rest = [index for index in range(len(requests)) if index not in answers]
-            if rest:
-                chosen = [requests[index] for index in rest]
-                repeated = super()._loglikelihood_tokens(chosen, True, override_bs)
-                answers.update(zip(rest, repeated, strict=True))
-                if self.on_progress:
-                    self.on_progress(len(answers), len(requests))
-            return [answers[index] for index in range(len(requests))]
-
-        def _shareable(self, requests: Sequence[Request]) -> list[int]:
-            if self.backend != "causal" or not _plain_cache(self.model):
-                return []
-            return [
-                index
-                for index, (_, context, choice) in enumerate(requests)
-                if len(context) > 1 and len(context) + len(choice) <= self.max_length
-            ]
-
-        def _shared(self, requests: Sequence[Request], batch: Sequence[int]) -> list[Answer]:
-            pairs = [(requests[index][1], requests[index][2]) for index in batch]
-            return shared_prompt_scores(self.model, pairs, self.device)
-
-    return SharedPrompts
-
-
-def shared_prompt_scores(
-    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], device: torch.device
-) -> list[Answer]:
-    """Log-likelihood of every choice after its prompt; equal prompts are read once.
-
-    `pairs`: token ids of (prompt, at least two; choice, at least one). The first pass
-    reads each prompt but its last token; the second reads that token and the choice
-    on the first one's cache, so all scores come from the second.
-    """
-    import torch
-
-    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in pairs))
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    heads, head_mask = padded([prompt[:-1] for prompt in prompts], device)
-    tails, tail_mask = padded([(prompt[-1], *choice[:-1]) for prompt, choice in pairs], device)
-    rows = torch.tensor([row_of[tuple(prompt)] for prompt, _ in pairs], device=device)
-    first = torch.tensor([len(prompt) - 1 for prompt, _ in pairs], device=device)
-    keep_one = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
-    with torch.inference_mode():
-        cache = model(
-            input_ids=heads, attention_mask=head_mask, use_cache=True, **keep_one
-        ).past_key_values
-        cache.batch_select_indices(rows)
-        logits = model(
-            input_ids=tails,
-            attention_mask=torch.cat([head_mask[rows], tail_mask], dim=1),
-            position_ids=first[:, None] + torch.arange(tails.shape[1], device=device)[None, :],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-    answers = []
-    for row, (_, choice) in enumerate(pairs):  # one by one: all words in float32 are large
-        wanted = torch.tensor(choice, device=device)
-        scores = torch.log_softmax(logits[row, : len(choice)], dim=-1, dtype=torch.float32)
-        picked = scores.gather(1, wanted[:, None]).sum()
-        answers.append((float(picked), bool((scores.argmax(dim=-1) == wanted).all())))
-    return answers
-
-
-def _batches(requests: Sequence[Request], indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Requests with equal prompts together, longest first, at most `size` in a batch.
-
-    More than `size` choices of one prompt still make one batch.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index in indices:
-        groups.setdefault(tuple(requests[index][1]), []).append(index)
-
-    def tokens(group: list[int]) -> int:
-        return len(requests[group[0]][1]) + sum(len(requests[index][2]) for index in group)
-
-    batch: list[int] = []
-    for group in sorted(groups.values(), key=tokens, reverse=True):
-        if batch and len(batch) + len(group) > size:
-            yield batch
-            batch = []
-        batch += group
-    if batch:
-        yield batch
-
-
-def padded(
-    sequences: Sequence[Sequence[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded on the right with 0, and the mask: both (sequences, longest), int64."""
-    import torch
-
-    longest = max(len(sequence) for sequence in sequences)
-    ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _plain_cache(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps all keys and values, so that a prompt's cache can be shared."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    if not {"position_ids", "past_key_values"} <= _arguments(model):
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def _arguments(model: PreTrainedModel) -> set[str]:
-    """What the model's forward takes by name, below a PEFT wrapper if there is one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)
+    def _example(self, number: int) -> Example:
+        """The example of a document: filters, metrics, one line of a result file."""
+        instances = self.instances[number]
+        for ensemble in self.task._filters:
+            ensemble.apply(instances)
+        name = next(iter(instances[0].filtered_resps))
+        responses = [one.filtered_resps[name] for one in instances]
+        doc = self.docs[number]
+        metrics = self.task.process_results(doc, responses)
+        return example(
+            self.name,
+            self.task,
+            {
+                "doc_id": number,
+                "doc": doc,
+                "target": self.task.doc_to_target(doc),
+                "filtered_resps": responses,
+                "prompt_hash": self._prompt_hash(number),
+                "metrics": list(metrics),
+                **metrics,
+            },
+        )

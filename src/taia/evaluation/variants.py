@@ -125,7 +125,7 @@ def variant_models(
     batch_size: int,
 ) -> Iterator[tuple[Variant, HFLM]]:
     """Each variant with a model that is that variant until the next is asked for."""
-    from taia.evaluation.scoring import wrap
+    from taia.evaluation.engine import wrap
 
     load = functools.partial(load_model, dtype=dtype)
     if change is not None and change.form is Form.ADAPTER:

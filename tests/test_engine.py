@@ -1,0 +1,76 @@
+"""The one-pass engine beside lm-eval's own model class: the same log-likelihoods, fewer tokens.
+
+Prompts are far longer than the sliding window of the tiny Gemma 3.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from chat_tools import byte_tokenizer
+from conftest import build
+
+from taia.evaluation.catalogue import find_tasks, load_task
+from taia.evaluation.engine import wrap
+from taia.evaluation.quiet import quiet_lm_eval
+from taia.evaluation.scoring import score
+
+FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "mixtral", "gpt_neox")
+TASKS = ("arc_easy", "piqa", "mmlu", "hellaswag")
+WORDS = ("stone", "a river", "two old dogs", "salt", "the moon over town", "iron", "a stone")
+
+
+def tiny(family):
+    """A random model with room for real prompts."""
+    sizes = {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
+    layers = {"num_hidden_layers": 6} if family == "gemma3_text" else {}  # the last sees all
+    return build(family, 0, vocab_size=300, **sizes, **layers)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, pick = tmp_path_factory.mktemp("data"), random.Random(0)
+    for task in TASKS:
+        rows = [
+            {
+                "id": f"{task}/{number}",
+                "question": f"Which of these is number {'1' * pick.randint(1, 30)}?",
+                "choices": pick.sample(WORDS, pick.randint(2, 5)),
+                "answer": number % 2,
+            }
+            for number in range(5)
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def theirs(model, name, task, batch_size=4, chat=True):
+    """lm-eval's samples from its own model class."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with quiet_lm_eval():
+        lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=batch_size)
+        found = lm_eval.evaluate(
+            lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=chat
+        )
+    return found["samples"][name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_numbers_are_lm_evals(family, data):
+    model = tiny(family)
+    lm = wrap(model, byte_tokenizer(), 8)
+    for source in find_tasks(TASKS, data):
+        task = load_task(source)
+        ours = score(lm, source.name, task)
+        metric = task.config.metadata["primary_metric"]
+        for one, other in zip(ours, theirs(model, source.name, task), strict=True):
+            values = [value for value, _ in other["filtered_resps"]]
+            assert one.loglikelihoods == pytest.approx(values, abs=1e-4)
+            assert one.correct == other[metric]
+            assert one.prompt_hash == other["prompt_hash"][:16]
+    assert lm.reader is not None
+    assert (len(lm.reader.windows) == 2) == (family == "gemma3_text")
