@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "end_tokens", "generate", "longest_input"]
 
 SHORTEST_SHARED = 8
 """Tokens that all prompts must begin with before it is worth reading them once."""
@@ -312,13 +312,18 @@ def _texts(
     if len(many) != len(prompts):
         raise RecipeError(f"max_new_tokens: {len(many)} numbers for {len(prompts)} prompts")
     longest = longest_input(model)
-    stated = model.generation_config.eos_token_id
-    stated = stated if isinstance(stated, list) else [stated]
-    ends = frozenset(end for end in [*stated, tokenizer.eos_token_id] if end is not None)
+    ends = end_tokens(model, tokenizer)
     return [
         _Text(index, prompt, min(budget, longest - len(prompt)), ends, stop, tokenizer, seed)
         for index, (prompt, budget) in enumerate(zip(prompts, many, strict=True))
     ]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text: those of the generation config and the tokenizer's."""
+    stated = model.generation_config.eos_token_id
+    stated = stated if isinstance(stated, list) else [stated]
+    return frozenset(end for end in [*stated, tokenizer.eos_token_id] if end is not None)
 
 
 def longest_input(model: PreTrainedModel) -> int:

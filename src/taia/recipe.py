@@ -106,6 +106,7 @@ class Train(_Part):
     patience: int | None = None
     dtype: str = "bfloat16"
     packing: bool = False
+    self_distill: bool = False
     save_steps: int = 100
     report_to: tuple[str, ...] = ()
     seed: int | None = None

@@ -75,6 +75,10 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
+    add(
+        "--self-distill", action="store_true",
+        help="the base first rewrites every answer in its own words",
+    )  # fmt: skip
     add("--packing", action="store_true", help="several examples in a row, to spare padding")
     add("--max-examples", type=int, help="take the first so many examples")
     add("--validation", help="chats on which to take the loss; the best checkpoint is kept")
@@ -176,7 +180,8 @@ def _train_options(options: argparse.Namespace) -> TrainResult:
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
         batch_size=options.batch_size, max_length=options.max_length, dtype=options.dtype,
-        packing=options.packing, max_examples=options.max_examples, save_steps=options.save_steps,
+        packing=options.packing, self_distill=options.self_distill,
+        max_examples=options.max_examples, save_steps=options.save_steps,
         validation=options.validation, validate_steps=options.validate_steps,
         patience=options.patience, report_to=options.report_to, seed=options.seed,
         resume=options.resume, overwrite=options.overwrite,

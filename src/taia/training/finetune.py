@@ -23,14 +23,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import OutputError, RecipeError
 from taia.load import load_tokenizer, quiet_transformers
 from taia.sources import resolve
-from taia.training import folder
+from taia.training import distill, folder
 from taia.training.batches import longest_row
 from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
 from taia.training.corpus import Corpus, digest_of_data, make_corpus, read_data
@@ -92,6 +92,7 @@ def finetune(
     patience: int | None = None,
     dtype: str = "bfloat16",
     packing: bool = False,
+    self_distill: bool = False,
     experts: int = 4,
     experts_per_token: int = 1,
     balance: float = 0.0,
@@ -109,6 +110,7 @@ def finetune(
 
     `data` is a file, a folder or a hub data set, or a mixture (`taia.training.mixture`).
 
+    `self_distill`: the base rewrites the answers first (`taia.training.distill`).
     `train` is a selection: which linear layers get LoRA, or which parameters are
     trained with method `full`. The other settings: `taia.training.settings`.
     `report_to` names trackers of transformers' Trainer, such as tensorboard, trackio, wandb.
@@ -143,6 +145,7 @@ def finetune(
         patience=patience,
         dtype=dtype,
         packing=packing,
+        self_distill=self_distill,
         experts=experts,
         experts_per_token=experts_per_token,
         balance=balance,
@@ -213,7 +216,13 @@ def _prepare(settings: Settings) -> _Run:
         held_out = read_chats(settings.validation)
         validation = encode_all(held_out, tokenizer, settings.max_length)
         validation_id = digest(settings.validation, held_out)
+    distilled: dict[str, Any] = {}
+    if settings.self_distill:
+        done = distill.self_distill(settings, read, tokenizer)
+        rewritten = make_corpus(settings, done.chats, tokenizer)
+        corpus, distilled = replace(rewritten, digest=corpus.digest), done.facts
     ready = make_ready(settings, source.form, tokenizer)
+    ready = replace(ready, facts=ready.facts | distilled)
     device = choose_device(settings, ready.model, longest_row(corpus.examples))
     packing = None
     if settings.packing:

@@ -8,7 +8,7 @@ be is told for attention under a mask; FlashAttention packs without any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from taia.load import load_config, load_tokenizer
 from taia.sources import resolve
 from taia.training.batches import longest_row
 from taia.training.corpus import Part, make_corpus, read_data
+from taia.training.distill import Outlook, outlook
 from taia.training.loop import shares_of
 from taia.training.mixture import parse_data
 from taia.training.packing import packing_for
@@ -43,6 +44,7 @@ class Preview:
     facts: tuple[Mapping[str, Any], ...]
     shares: tuple[Mapping[str, float], ...]
     padding: Mapping[str, float]
+    self_distill: Outlook | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same for `--json`."""
@@ -51,6 +53,7 @@ class Preview:
             "examples": self.examples,
             "tokens": self.tokens,
             "padding": dict(self.padding),
+            "self_distill": asdict(self.self_distill) if self.self_distill else None,
             "sources": [dict(fact) for fact in self.facts],
             "shares": [dict(share) for share in self.shares],
         }
@@ -81,6 +84,8 @@ class Preview:
             f"padding: {self.padding['plain']:.1%} of a batch, {self.padding['packed']:.1%} of it "
             "packed (--packing)",
         ]
+        if self.self_distill:
+            lines.append(str(self.self_distill))
         return "\n".join(lines)
 
 
@@ -95,7 +100,8 @@ def preview(
     settings = Settings(base=str(base), data=parse_data(data), **options)
     settings.check()
     source, read = resolve(settings.base), read_data(settings)
-    corpus = make_corpus(settings, read, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    corpus = make_corpus(settings, read, tokenizer)
     tokens = corpus.tokens(settings.batch_size)
     config = load_config(source)
     part, _ = shares_of(config, longest_row(corpus.examples), settings)
@@ -115,6 +121,7 @@ def preview(
         facts=tuple(corpus.facts()),
         shares=tuple(corpus.shares(tenth)) if len(corpus.parts) > 1 else (),
         padding=padding,
+        self_distill=outlook(settings, read, tokenizer) if settings.self_distill else None,
     )
 
 

@@ -37,6 +37,8 @@ class Settings:
     Every `validate_steps` the loss on the chats of `validation` is taken, and a checkpoint made;
     the best one is the outcome. `patience`: stop after so many in a row without a better one.
 
+    `self_distill`: the base first rewrites every answer (`taia.training.distill`).
+
     `packing`: several examples in a row, apart from each other (`taia.training.packing`).
     """
 
@@ -70,6 +72,7 @@ class Settings:
     patience: int | None = None
     dtype: str = "bfloat16"
     packing: bool = False
+    self_distill: bool = False
 
     def check(self) -> None:
         """Raise RecipeError with every setting that states nothing runnable."""
