@@ -74,3 +74,30 @@ def test_the_numbers_are_lm_evals(family, data):
             assert one.prompt_hash == other["prompt_hash"][:16]
     assert lm.reader is not None
     assert (len(lm.reader.windows) == 2) == (family == "gemma3_text")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2"])
+def test_the_texts_are_lm_evals(family):
+    """One prompt at a time there, several side by side here; with and without stop strings."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, pick = tiny(family), random.Random(1)
+    asked = []
+    for number in range(9):
+        arguments = {"until": [["e", "zz"], [], "\n"][number % 3], "max_gen_toks": 5 + number % 2}
+        prompt = "Say more: " + "".join(pick.choice("abcde \n") for _ in range(pick.randint(1, 40)))
+        asked.append(Instance("generate_until", {}, (prompt, arguments), 0))
+    ours = wrap(model, byte_tokenizer(), 3)
+    told = {}
+    ours.on_answers = told.update
+    texts = ours.generate_until(asked)
+    with quiet_lm_eval():
+        plain = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    assert texts == plain.generate_until(asked, disable_tqdm=True)
+    assert told == dict(enumerate(texts))
+    ours.known, told_again = frozenset({1, 4}), {}
+    ours.on_answers = told_again.update
+    again = ours.generate_until(asked)
+    assert again == [None if place in {1, 4} else text for place, text in enumerate(texts)]
+    assert told_again.keys() == told.keys() - {1, 4}

@@ -90,7 +90,7 @@ def test_an_adapter_that_does_nothing_leaves_every_prompt_to_the_base(live):
         return live.using("none")
 
     lm = wrap(live.model, byte_tokenizer(), 8, functools.partial(choosing, nothing))
-    assert not any(lm.tuned(requests(2, 4)))
+    assert not any(lm.tuned([prompt for _, prompt, _ in requests(2, 4)]))
 
 
 def test_the_name_is_its_own():

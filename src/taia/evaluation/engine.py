@@ -4,7 +4,7 @@ Log-likelihoods: the choices of a question are a trie that one forward pass read
 `tree_pass`), after a prefix that many questions share and that is read once; batches are sorted
 by length and hold at most so many tokens; words are computed where they are scored and nowhere
 else, in float32. Prompts, metrics and truncation are lm-eval's, and so are the numbers, up to
-rounding.
+rounding. Texts are written by `texts`.
 
 Answers are told as they come (`on_answers`), so that they can be kept. Which questions stand in
 a batch together depends on all that are asked, never on which are answered already, so a run
@@ -24,13 +24,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from taia.evaluation.protocol import staged
 from taia.evaluation.quiet import quiet_lm_eval
+from taia.evaluation.texts import Told, answer_texts, write_texts
 from taia.evaluation.tree_pass import Encoded, TreePass, tree_pass
 from taia.evaluation.trie import Trie, shared_prefixes
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,7 +93,7 @@ def wrap(
     `change` makes another class of the usual one.
     """
     with quiet_lm_eval():
-        return change(staged(_wrapper_class()))(
+        return change(one_pass())(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
         )
 
@@ -194,18 +195,18 @@ def _log_probabilities(
 
 
 @functools.cache
-def _wrapper_class() -> type[HFLM]:
+def one_pass() -> type[HFLM]:  # noqa: C901 (a class with short methods)
     """The class; made on first use, because lm-eval takes seconds to import."""
     from lm_eval.models.huggingface import HFLM as Parent  # noqa: N811 (the name of the parent)
 
     class OnePass(Parent):  # type: ignore[misc]
-        """lm-eval's model wrapper; what requests share is read once.
+        """What is added to lm-eval's model class: what requests share is read once.
 
         `known`: requests, by their index, whose answers are not needed; theirs are None.
         `on_answers` is given those of the others as they come.
         """
 
-        on_answers: Callable[[Mapping[int, Answer]], None] | None = None
+        on_answers: Callable[[Mapping[int, Any]], None] | None = None
         known: AbstractSet[int] = frozenset()
 
         def __init__(self, **options: Any) -> None:
@@ -239,6 +240,14 @@ def _wrapper_class() -> type[HFLM]:
                 asked = [requests[index] for index in batch]
                 answers = super()._loglikelihood_tokens(asked, disable_tqdm=True)
                 yield dict(zip(batch, answers, strict=True))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
+            return answer_texts(self, requests)
+
+        def write(self, requests: Sequence[Instance], told: Told | None = None) -> list[str]:
+            """What the model writes to each request of one stage."""
+            usual = functools.partial(super().generate_until, disable_tqdm=True)
+            return write_texts(self, requests, usual, told)
 
         def _plan(self, requests: Sequence[Request]) -> list[Batch]:
             words = self.model.get_output_embeddings().weight.shape[0]

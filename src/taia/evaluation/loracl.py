@@ -9,6 +9,7 @@ Limits: an adapter only; two checkpoints would have to be in memory at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -66,7 +67,7 @@ def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HF
         def answer(
             self, requests: Sequence[Any], known: AbstractSet[int]
         ) -> Generator[dict[int, Any]]:
-            tuned = self.tuned(requests)
+            tuned = self.tuned([prompt for _, prompt, _ in requests])
             for keep, wanted in (("none", False), ("all", True)):
                 chosen = [index for index, one in enumerate(tuned) if one is wanted]
                 asked = [requests[index] for index in chosen]
@@ -75,9 +76,22 @@ def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HF
                     for part in super().answer(asked, there):
                         yield {chosen[place]: one for place, one in part.items()}
 
-        def tuned(self, requests: Sequence[Any]) -> list[bool]:
-            """Whether the tuned model answers each request (texts, prompt's tokens, choice's)."""
-            prompts = list(dict.fromkeys(tuple(request[1]) for request in requests))
+        def write(
+            self, requests: Sequence[Any], told: Callable[[int, str], None] | None = None
+        ) -> list[str]:
+            tuned = self.tuned([self.tok_encode(one.args[0]) for one in requests])
+            texts: dict[int, str] = {}
+            for keep, wanted in (("none", False), ("all", True)):
+                chosen = [index for index, one in enumerate(tuned) if one is wanted]
+                asked = [requests[index] for index in chosen]
+                tell = functools.partial(_elsewhere, told, chosen) if told else None
+                with using(keep):
+                    texts.update(zip(chosen, super().write(asked, tell), strict=True))
+            return [texts[index] for index in range(len(requests))]
+
+        def tuned(self, asked: Sequence[Sequence[int]]) -> list[bool]:
+            """Whether the tuned model answers each prompt, given as token ids."""
+            prompts = list(dict.fromkeys(map(tuple, asked)))
             read = [prompt[-self.max_length :] for prompt in prompts]
             losses = []
             for keep in ("none", "all"):
@@ -87,6 +101,13 @@ def choosing(using: Callable[[str], AbstractContextManager[Any]], usual: type[HF
                 prompt: after < before
                 for prompt, before, after in zip(prompts, *losses, strict=True)
             }
-            return [better[tuple(request[1])] for request in requests]
+            return [better[tuple(prompt)] for prompt in asked]
 
     return Choosing
+
+
+def _elsewhere(
+    told: Callable[[int, str], None], places: Sequence[int], place: int, text: str
+) -> None:
+    """`told` for a part of the requests, which stand at `places` among all."""
+    told(places[place], text)

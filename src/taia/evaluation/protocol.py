@@ -18,14 +18,20 @@ Jiang et al., TAIA, arXiv 2405.20192, section 4 and the authors' evaluation code
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-__all__ = ["MOST_SHOTS", "PROTOCOLS", "check_protocol", "in_stages", "request_options", "staged"]
+__all__ = [
+    "LEAD_IN",
+    "MOST_SHOTS",
+    "PROTOCOLS",
+    "check_protocol",
+    "in_stages",
+    "request_options",
+]
 
 PROTOCOLS = ("chat", "plain", "paper")
 """The names that `--protocol` takes."""
@@ -76,16 +82,6 @@ def in_stages(
     answers = generate(second) if second else []
     led = {key: text + answer for (key, text), answer in zip(begun.items(), answers, strict=True)}
     return [led.get(index, text) for index, text in enumerate(texts)]
-
-
-def staged(usual: type[Any]) -> type[Any]:
-    """A model class of lm-eval's like `usual` that answers requests of two stages."""
-
-    class Staged(usual):  # type: ignore[misc]
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-            return in_stages(functools.partial(super().generate_until, disable_tqdm=True), requests)
-
-    return Staged
 
 
 def _led_in(text: str, lead_in: str) -> str:

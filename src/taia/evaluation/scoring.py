@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quiet_lm_eval", "score"]
 
-STREAMED = ("loglikelihood",)
+STREAMED = ("loglikelihood", "generate_until")
 """Kinds of requests whose answers are told as they come."""
 
 OUT_OF_MEMORY = "the memory does not suffice; use a smaller --batch-size"
