@@ -97,6 +97,8 @@ def test_every_answer_is_asked_for_after_the_turns_of_the_data(settings, monkeyp
         ("The answer is B. iron", "It contains  Iron.", True, None),
         ("The answer is B. iron", "B", True, None),
         ("The answer is B. iron", "The answer is C. zinc", True, "answer lost"),
+        ("The answer is B. iron", "The answer is B. zinc", True, "answer lost"),
+        ("The answer is B. iron", "So it is B.", True, None),
         ("The answer is A. x", "A best guess is C", True, "answer lost"),
         ("so\n#### 1,026", "that makes 1026 in all", True, None),
         ("so\n#### 1,026", "that makes 1,026.", True, None),
@@ -132,7 +134,7 @@ def test_a_stopped_run_goes_on_where_it_was(settings, monkeypatch, cache):
     def stop(prompt):
         if "three?" in prompt:
             raise KeyboardInterrupt
-        return "(B) 1026", True
+        return "(B), 1026", True
 
     first = writer(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
@@ -141,10 +143,10 @@ def test_a_stopped_run_goes_on_where_it_was(settings, monkeypatch, cache):
     file.write_bytes(file.read_bytes() + b'{"key": "cut of')  # as a kill may leave it
     told = distill.outlook(settings, [read_chats(settings.data)], byte_tokenizer())
     assert (told.answers, told.stored) == (4, len(first) - 1)
-    second = writer(monkeypatch, lambda _: ("(B) 1026", True))
+    second = writer(monkeypatch, lambda _: ("(B), 1026", True))
     _, texts = run(settings)
     assert len(first) - 1 + len(second) == 4
-    assert texts[2] == ["four?", "(B) 1026"]
+    assert texts[2] == ["four?", "(B), 1026"]
     third = writer(monkeypatch, stop)
     assert run(settings)[1] == texts
     assert third == []
@@ -166,7 +168,7 @@ def test_a_prompt_without_room_keeps_its_answer(settings, monkeypatch, tmp_path)
     long = tmp_path / "long.jsonl"
     rows = [{"instruction": "x" * 600, "output": "y"}, *CHATS]
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = writer(monkeypatch, lambda _: ("(B) 1026", True))
+    asked = writer(monkeypatch, lambda _: ("(B), 1026", True))
     done, texts = run(replace(settings, data=str(long)))
     assert len(asked) == 4
     assert texts[0] == ["x" * 600, "y"]

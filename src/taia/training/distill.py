@@ -243,6 +243,8 @@ def _write(
     for task in tasks:
         if len(task.prompt) >= room:
             store(task, "", 0, False)
+    if not fitting:
+        return
     ends = end_tokens(model, tokenizer)
     with _progress(len(fitting)) as advance:
 

@@ -11,7 +11,8 @@ reference. A rewrite is kept from training, and the answer of the data trained o
                     rewrite does not state the same one
 
 Limits: a final answer is looked for only where the reference marks it in one of these two ways;
-a rewrite may be wrong in all else. A letter counts where it stands as a letter of a choice does.
+a rewrite may be wrong in all else. A letter counts where it stands as a letter of a choice does,
+unless other words than the reference's come after it.
 """
 
 from __future__ import annotations
@@ -67,11 +68,13 @@ def states(text: str, answer: str) -> bool:
     if choice is None:
         return _holds(text, answer)
     letter, words = choice[1], (choice[2] or "").strip()
-    if re.search(rf"(?:^|\s|\*)\(?{letter}[.):]|\({letter}\)", text):
-        return True
-    if re.search(rf"(?i:\b(?:answer|option|choice|letter)\b(?: is)?:?)\W{{0,4}}{letter}\b", text):
-        return True
-    return text.strip() == letter or (len(words) > 1 and _holds(text, words))
+    if len(words) > 1:
+        if _holds(text, words):
+            return True
+        letter += r"(?![.):]+\s+\S)"  # with other words after it, it is another answer
+    named = rf"(?i:\b(?:answer|option|choice|letter)\b(?: is)?:?)\W{{0,4}}{letter}(?!\w)"
+    stands = rf"(?:^|\s|\*)\(?{letter}[.):]|\({letter}\)"
+    return bool(re.search(named, text) or re.search(stands, text)) or text.strip() == choice[1]
 
 
 def _holds(text: str, words: str) -> bool:
