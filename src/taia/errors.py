@@ -10,6 +10,7 @@
     |-- DataError               a training or evaluation file with a broken record
     |-- RecipeError             a recipe or an option that states nothing runnable
     |-- EvaluationError         an unknown task, an incomplete result folder
+    |-- ClusterError            a Ray cluster that does not answer, or cannot do what is asked
     |-- DependencyError         a package that an optional feature needs is not installed
     `-- VerificationError       a checkpoint that is not what its receipt says; exit code 1
 
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "DataError",
     "DependencyError",
     "EvaluationError",
@@ -99,6 +101,10 @@ class RecipeError(TaiaError):
 
 class EvaluationError(TaiaError):
     """An unknown task, or a result folder that is not complete."""
+
+
+class ClusterError(TaiaError):
+    """A Ray cluster that does not answer, or cannot do what is asked of it."""
 
 
 class DependencyError(TaiaError):

@@ -23,6 +23,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "peft", "trl", "accelerate", "datasets"), "train"),
     "lm_eval": "eval",
     "jinja2": "report",
+    "ray": "ray",
     "gguf": "gguf",
 }
 """The extra that brings each optional package."""

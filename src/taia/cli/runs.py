@@ -251,6 +251,10 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     """Options of `taia run`."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe, in YAML")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/NAME without it")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="carry it out on a Ray cluster: HOST:PORT, auto, or local for one of this machine",
+    )  # fmt: skip
     add_overwrite(parser)
     add_json(parser)
 
@@ -259,7 +263,7 @@ def run(options: argparse.Namespace) -> None:
     """Carry out a whole experiment: train, evaluate, report. Resumes at the last finished stage."""
     from taia.experiment import run as carry_out
 
-    folder = carry_out(options.recipe, options.out, overwrite=options.overwrite)
+    folder = carry_out(options.recipe, options.out, overwrite=options.overwrite, ray=options.ray)
     print_summary(folder, options.as_json)
 
 

@@ -15,13 +15,14 @@ A recipe with a sweep is carried out cell by cell, each a run of its own:
 A second call starts at the first stage that is not done. A sweep may be given more values later:
 the cells that are there stay.
 
-Limits: this process carries out one cell after another.
+Without Ray this process carries out one cell after another; with it a cluster does
+(`taia.experiment.on_ray`), and the files are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ from taia.experiment.lock import (
     start_anew,
     write_lock,
 )
-from taia.experiment.stages import carry_out, trained, undone
+from taia.experiment.on_ray import carry_out_on_ray, check_address, connected
+from taia.experiment.stages import CellTask, carry_out, trained, undone
 from taia.files import atomic_write
 from taia.recipe import load_recipe
 from taia.sweep import Sweep, SweepCell, load_sweep
@@ -50,25 +52,17 @@ if TYPE_CHECKING:
 __all__ = ["preview_recipe", "run", "train_recipe"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A cell with its lock, and the cell whose training it takes, if not its own."""
-
-    cell: Cell
-    lock: dict[str, Any]
-    owner: Cell | None
-    is_new: bool
-
-
 def run(
     recipe: str | Path,
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    ray: str | None = None,
 ) -> Path:
     """Carry out a recipe, or what of it is not done yet, and return the run's folder.
 
-    `out`: runs/NAME under the current folder without it. `overwrite` starts over.
+    `out`: runs/NAME under the current folder without it. `overwrite` starts over. `ray`: the
+    address of a Ray cluster that carries out the cells, or `local` for one of this machine.
     Raises RecipeError (a recipe that cannot be run, or another one than the folder's),
     OutputError (a folder that is no run), and what the stages raise. Inputs are checked
     before anything is written.
@@ -78,16 +72,21 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / sweep.name
     check_folder(folder, overwrite=overwrite)
     text = path.read_text("utf-8")
-    tasks = _tasks(sweep, text, path.parent, folder, overwrite=overwrite)
-    if sweep.axes:
-        _begin_sweep(sweep, folder, text, overwrite=overwrite)
-    for task in tasks:
-        if task.is_new:
-            start_anew(task.cell.out, task.lock, task.cell.text)
-    console = Console(stderr=True)
+    if ray is not None:
+        check_address(ray)
+    tasks, new = _tasks(sweep, text, path.parent, folder, overwrite=overwrite)
     changed = any(undone(task.cell, task.lock) for task in tasks)
-    for task in tasks:
-        carry_out(task.cell, task.lock, console, task.owner)
+    console = Console(stderr=True)
+    with connected(ray, sweep.resources) if ray and changed else nullcontext() as cluster:
+        if sweep.axes:
+            _begin_sweep(sweep, folder, text, overwrite=overwrite)
+        for task in new:
+            start_anew(task.cell.out, task.lock, task.cell.text)
+        if cluster is not None:
+            carry_out_on_ray(cluster, tasks, sweep.resources, console)
+        else:
+            for task in tasks:
+                carry_out(task, console)
     if sweep.axes:
         _report_sweep(sweep, folder, changed=changed)
     return folder
@@ -127,8 +126,10 @@ def _training_cell(path: Path, out: Path) -> Cell:
     return make_cell(stated, "", path.parent, out)
 
 
-def _tasks(sweep: Sweep, text: str, beside: Path, folder: Path, *, overwrite: bool) -> list[_Task]:
-    """Every cell, checked; the faults of all of them together. Writes nothing."""
+def _tasks(
+    sweep: Sweep, text: str, beside: Path, folder: Path, *, overwrite: bool
+) -> tuple[list[CellTask], list[CellTask]]:
+    """Every cell, checked, and those that begin; the faults of all together. Writes nothing."""
     checked: list[tuple[Cell, dict[str, Any], bool]] = []
     told: dict[str, list[TaiaError]] = {}
     for one in sweep.cells:
@@ -147,7 +148,9 @@ def _tasks(sweep: Sweep, text: str, beside: Path, folder: Path, *, overwrite: bo
     if told:
         raise _together(sweep, told)
     owners = _owners((cell, lock) for cell, lock, _ in checked)
-    return [_Task(cell, lock, owners.get(cell.name), new) for cell, lock, new in checked]
+    tasks = [CellTask(cell, lock, owners.get(cell.name)) for cell, lock, _ in checked]
+    begun = [task for task, (_, _, new) in zip(tasks, checked, strict=True) if new]
+    return tasks, begun
 
 
 def _owners(cells: Iterable[tuple[Cell, dict[str, Any]]]) -> dict[str, Cell]:

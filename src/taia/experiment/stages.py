@@ -30,7 +30,16 @@ from taia.files import atomic_write, staged_folder
 if TYPE_CHECKING:
     from taia.evaluation.harness import Progress
 
-__all__ = ["Stage", "carry_out", "evaluation", "share_training", "stages", "trained", "undone"]
+__all__ = [
+    "CellTask",
+    "Stage",
+    "carry_out",
+    "evaluation",
+    "share_training",
+    "stages",
+    "trained",
+    "undone",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,15 @@ class Stage:
     name: str
     product: str
     do: Callable[[Cell, Console], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellTask:
+    """A cell with its lock, and the cell whose training it takes, None where it has its own."""
+
+    cell: Cell
+    lock: dict[str, Any]
+    owner: Cell | None
 
 
 def stages(cell: Cell) -> list[Stage]:
@@ -69,8 +87,9 @@ def trained(cell: Cell, lock: Mapping[str, Any]) -> bool:
     return "train" in lock["stages"] and (cell.out / "train" / "train.json").is_file()
 
 
-def carry_out(cell: Cell, lock: dict[str, Any], console: Console, owner: Cell | None) -> None:
-    """Carry out what is left of a cell. `owner`: the cell whose training it takes, or None."""
+def carry_out(task: CellTask, console: Console) -> None:
+    """Carry out what is left of a cell, one stage after another."""
+    cell, lock, owner = task.cell, task.lock, task.owner
     left = undone(cell, lock)
     for stage in stages(cell):
         told = f"{cell.name}: {stage.name}" if cell.name else stage.name
