@@ -64,6 +64,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(16)
     ]  # fmt: skip
     write_lines(folder / "chats.jsonl", chats)
+    write_lines(folder / "other.jsonl", chats)
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (folder / "sweep.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     questions = [
         {"id": str(n), "question": f"what is {n}?", "choices": [str(n), "no"], "answer": 0}
         for n in range(6)

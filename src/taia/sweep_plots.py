@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taia.report_plots import Axis, label, nice_axis
+from taia.report_plots import Axis, label, nice_axis, number
 
 __all__ = [
     "Figure",
@@ -325,20 +325,13 @@ def _row(cell: Mapping[str, Any], entries: Sequence[Entry | None]) -> Row:
 def _accuracy(row: Mapping[str, Any] | None) -> Entry | None:
     if row is None:
         return None
-    mean, low, high = (100 * row[key] for key in ("accuracy", "low", "high"))
-    return Entry(f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
+    mean, low, high = (number(100 * row[key], 1) for key in ("accuracy", "low", "high"))
+    return Entry(mean, f"{low} to {high}")
 
 
 def _difference(row: Mapping[str, Any] | None) -> Entry | None:
     if row is None:
         return None
-    mean, low, high = (100 * row[key] for key in ("mean", "low", "high"))
-    verdict = "better" if low > 0 else "worse" if high < 0 else "open"
-    return Entry(_signed(mean), f"{_signed(low)} to {_signed(high)}", verdict)
-
-
-def _signed(value: float) -> str:
-    text = f"{abs(value):.1f}"
-    if not float(text):
-        return text
-    return (MINUS if value < 0 else "+") + text
+    verdict = "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "open"
+    mean, low, high = (number(100 * row[key], 1, signed=True) for key in ("mean", "low", "high"))
+    return Entry(mean, f"{low} to {high}", verdict)

@@ -53,7 +53,7 @@ def render_sweep_terminal(folder: Path) -> rich.table.Table:
     for column in table.columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for row in table.rows:
-        texts = [f"{one.value} [dim]{one.interval}[/dim]" if one else "-" for one in row.entries]
+        texts = [f"{one.value}\n[dim]{one.interval}[/dim]" if one else "" for one in row.entries]
         shown.add_row(*row.labels, *texts)
     return shown
 

@@ -46,6 +46,9 @@ CONNECT_SECONDS = 5
 HEALTH_SECONDS = 20
 """How long an address may take to accept a connection, and a cluster to say that it is well."""
 
+STARTS = 3
+"""How often a cluster of this machine is started: Ray waits 30 seconds, a busy machine longer."""
+
 STORE_BYTES = 100 * 2**20
 """Ray's own store of a cluster of this machine: tasks pass names and seconds, no tensors."""
 
@@ -76,19 +79,30 @@ def connected(address: str, resources: Resources) -> Iterator[Any]:
     """
     import ray
 
-    own: dict[str, Any] = {}
-    if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
-    except Exception as error:  # whatever Ray has for it
-        raise ClusterError(f"{address}: Ray cannot be used there: {_last_line(error)}") from error
+    _connect(ray, address)
     try:
         _check_nodes(ray.nodes(), resources)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    own: dict[str, Any] = {}
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+        except Exception as error:  # whatever Ray has for it
+            ray.shutdown()
+            if address != "local" or attempt == STARTS:
+                raise ClusterError(
+                    f"{address}: Ray cannot be used there: {_last_line(error)}"
+                ) from error
+        else:
+            return
 
 
 def carry_out_on_ray(
