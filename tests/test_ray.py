@@ -22,6 +22,9 @@ from taia.recipe import Need, Resources
 
 pytest.importorskip("ray")
 
+PATIENCE = 900
+"""Seconds for a run that takes half a minute on two free cores."""
+
 STATED: dict[str, Any] = {
     "name": "spread",
     "base": "base",
@@ -86,8 +89,8 @@ def test_lost_workers_run_again_and_the_files_are_those_without_ray(
     with (tmp_path / "told").open("wb") as told:
         command = subprocess.Popen([*words, "--ray", "local"], stdout=told, stderr=told)
         try:
-            killed = kill_workers(command, {"train", "vanilla: facts"}, 240)
-            assert command.wait(240) == 0, (tmp_path / "told").read_text()
+            killed = kill_workers(command, {"train", "vanilla: facts"}, PATIENCE)
+            assert command.wait(PATIENCE) == 0, (tmp_path / "told").read_text()
         finally:
             for process in [*psutil.Process().children(recursive=True)]:
                 if command.poll() is None:
