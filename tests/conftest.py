@@ -91,6 +91,12 @@ def adapters(pair, tmp_path_factory):
     return make
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    os.environ["TAIA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real evaluation and fine-tuning data, kept beside the project and not in it."""

@@ -20,7 +20,7 @@ from taia.errors import (
     SourceError,
     TaiaError,
 )
-from taia.evaluation import harness
+from taia.evaluation import harness, job
 from taia.evaluation.catalogue import FOLDER
 from taia.evaluation.harness import evaluate
 from taia.evaluation.result import read_results
@@ -194,7 +194,7 @@ def test_a_finished_run_needs_no_model(run, ask, adapter, tmp_path, monkeypatch)
     out = tmp_path / "out"
     shutil.copytree(run[0], out)
     monkeypatch.setattr(harness, "variant_models", None)
-    monkeypatch.setattr(harness, "load_task", None)
+    monkeypatch.setattr(job, "load_task", None)
     assert ask(out, adapter=adapter, variants=VARIANTS) == run[1]
 
 
@@ -255,6 +255,7 @@ def test_the_first_records_and_the_plain_protocol(ask, run, tmp_path):
         ({"variants": ["base"], "limit": 0}, RecipeError, "limit 0"),
         ({"variants": ["base"], "batch_size": 0}, RecipeError, "batch size 0"),
         ({"variants": ["base"], "dtype": "int4"}, RecipeError, "int4"),
+        ({"variants": ["base"], "backend": "tpu"}, RecipeError, "hf, vllm"),
         ({"adapter": "no/such"}, SourceError, "no/such"),
         ({"adapter": "x", "tuned": "y"}, RecipeError, "one of them"),
     ],

@@ -220,8 +220,10 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="the first so many examples a task")
     add("--protocol", default="chat", help="chat (the model's template, default) or plain")
     add("--shots", type=int, default=0, help="few-shot examples before each question (default: 0)")
-    add("--batch-size", type=int, default=32, help="prompt and choice pairs a batch (default: 32)")
+    add("--batch-size", type=int, default=32, help="questions or texts at once (default: 32)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    add("--backend", default="hf", help="hf (transformers, default) or vllm")
+    add("--no-cache", action="store_true", help="compute all scores, and keep none for later runs")
     _add_seed(parser)
     add_overwrite(parser)
     add_json(parser)
@@ -243,6 +245,8 @@ def evaluate(options: argparse.Namespace) -> None:
         tuned=options.tuned, variants=chosen, data=options.data, limit=options.limit,
         protocol=options.protocol, shots=options.shots, batch_size=options.batch_size,
         dtype=options.dtype, seed=options.seed, overwrite=options.overwrite,
+        cache=not options.no_cache, backend=options.backend,
+        on_note=lambda note: print(note, file=sys.stderr),
     )  # fmt: skip
     print_summary(options.out, options.as_json)
 

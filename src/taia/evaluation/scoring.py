@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError
+from taia.evaluation.cache import Cache
 from taia.evaluation.examples import example, example_id
 from taia.evaluation.protocol import request_options
 from taia.evaluation.quiet import quiet_lm_eval
@@ -43,19 +44,21 @@ def score(
     protocol: str = "chat",
     seed: int = 0,
     done: Mapping[str, Example] | None = None,
+    cache: Cache | None = None,
     on_examples: Callable[[Sequence[Example]], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
     """Every example of `task`, or the first `limit`, as `lm` answers it now; in their order.
 
     `done`: examples that are there already, by their id; those asked with another prompt are
-    asked again. `on_examples` is given the others as they come, in batches. `on_progress(done,
-    total)` counts requests. `seed` draws the few-shot examples. Raises EvaluationError.
+    asked again. `cache`: answers of earlier runs; it gets the new ones. `on_examples` is given
+    what is new as it comes, in batches. `on_progress(done, total)` counts requests. `seed` draws
+    the few-shot examples. Raises EvaluationError.
     """
     with quiet_lm_eval():
         try:
             asked = _Asked(lm, name, task, limit, protocol, seed, done or {})
-            asked.ask(on_examples, on_progress)
+            asked.ask(cache, on_examples, on_progress)
         except EvaluationError:
             raise
         except MemoryError as error:
@@ -103,6 +106,7 @@ class _Asked:
 
     def ask(
         self,
+        cache: Cache | None,
         on_examples: Callable[[Sequence[Example]], None] | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -114,32 +118,55 @@ class _Asked:
         total = sum(map(len, kinds.values()))
         finished = 0
 
-        def take(instances: Sequence[Instance], answers: Mapping[int, Any]) -> None:
+        def take(
+            instances: Sequence[Instance], answers: Mapping[int, Any], keep: Cache | None = cache
+        ) -> None:
             nonlocal finished
             finished += len(answers)
-            for index, answer in answers.items():
-                instances[index].resps.append(answer)
-            touched = {instances[index].doc_id for index in answers}
-            ready = [number for number in sorted(touched) if self._is_ready(number)]
-            for number in ready:
-                self.examples[number] = self._example(number)
+            ready = self._take(instances, answers)
+            if keep:
+                keep.keep({_key(keep, instances[place]): one for place, one in answers.items()})
             if ready and on_examples:
-                on_examples([self.examples[number] for number in ready])
+                on_examples(ready)
             if on_progress:
                 on_progress(finished, total)
 
         for kind, instances in kinds.items():
-            known = self._known(instances)
             if kind not in STREAMED:
-                take(instances, dict(enumerate(getattr(self.lm, kind)(instances))))
+                take(instances, dict(enumerate(getattr(self.lm, kind)(instances))), None)
                 continue
-            finished += len(known)
-            self.lm.known = known
+            finished += len(self._known(instances))
+            if cache:
+                take(instances, self._found(cache, instances), None)
+            self.lm.known = self._known(instances)
             self.lm.on_answers = functools.partial(take, instances)
             try:
                 getattr(self.lm, kind)(instances)
             finally:
                 self.lm.known, self.lm.on_answers = frozenset(), None
+
+    def _take(self, instances: Sequence[Instance], answers: Mapping[int, Any]) -> list[Example]:
+        """Set down answers; the examples that are complete with them."""
+        for place, answer in answers.items():
+            instances[place].resps.append(answer)
+        touched = {instances[place].doc_id for place in answers}
+        ready = [number for number in sorted(touched) if self._is_ready(number)]
+        for number in ready:
+            self.examples[number] = self._example(number)
+        return [self.examples[number] for number in ready]
+
+    def _found(self, cache: Cache, instances: Sequence[Instance]) -> dict[int, Any]:
+        """Answers from the cache, of documents that it answers whole."""
+        known = self._known(instances)
+        open_places = [place for place in range(len(instances)) if place not in known]
+        keys = {place: _key(cache, instances[place]) for place in open_places}
+        found = cache.find(list(dict.fromkeys(keys.values())))
+        lacking = {instances[place].doc_id for place in open_places if keys[place] not in found}
+        return {
+            place: _answer(found[keys[place]])
+            for place in open_places
+            if instances[place].doc_id not in lacking
+        }
 
     def _known(self, instances: Sequence[Instance]) -> AbstractSet[int]:
         """The requests whose example is there."""
@@ -179,3 +206,12 @@ class _Asked:
                 **metrics,
             },
         )
+
+
+def _key(cache: Cache, instance: Instance) -> bytes:
+    return cache.key(instance.request_type, instance.args)
+
+
+def _answer(stored: Any) -> Any:
+    """An answer as lm-eval's models give it: JSON has no pairs."""
+    return tuple(stored) if isinstance(stored, list) else stored
