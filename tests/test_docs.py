@@ -74,8 +74,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("arc_easy", "piqa", "openbookqa", "csqa"):
         write_lines(folder / "DIR" / f"{task}.jsonl", questions)
         write_lines(folder / "DATA" / f"eval_{task}.jsonl", questions)
-    for name in ("gsm8k_train", "medmcqa"):
-        write_lines(folder / "DATA" / f"sft_{name}.jsonl", chats)
+    sums = [
+        {"id": f"s{n}", "question": f"{n} and {n}?", "answer": str(2 * n), **chats[n]}
+        for n in range(16)
+    ]
+    write_lines(folder / "DATA" / "eval_gsm8k.jsonl", sums[:2])
+    others = [{**one, "question": f"{one['question']} why?"} for one in questions]
+    write_lines(folder / "DATA" / "fewshot_csqa.jsonl", others)
+    write_lines(folder / "DATA" / "sft_gsm8k_train.jsonl", sums[2:])
+    write_lines(folder / "DATA" / "sft_medmcqa.jsonl", chats)
     return folder
 
 

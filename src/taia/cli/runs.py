@@ -218,7 +218,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--variants", help="presets and selections, separated by commas")
     add("--data", type=Path, help="a folder of JSON Lines; the hub without it")
     add("--limit", type=int, help="the first so many examples a task")
-    add("--protocol", default="chat", help="chat (the model's template, default) or plain")
+    add("--protocol", default="chat", help="chat (default), plain or paper")
     add("--shots", type=int, default=0, help="few-shot examples before each question (default: 0)")
     add("--batch-size", type=int, default=32, help="questions or texts at once (default: 32)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
