@@ -344,6 +344,28 @@ def test_every_bad_setting_is_told_and_nothing_written(base, data, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_examples_beyond_the_context_are_told_beforehand(base, tmp_path):
+    from taia.training.preview import preview
+
+    (tmp_path / "long.txt").write_text("a" * 900 + "\n\n" + "b" * 20)
+    for start in (lambda **more: finetune(base, tmp_path / "long.txt", tmp_path / "o", **more),
+                  lambda **more: preview(base, tmp_path / "long.txt", **more)):  # fmt: skip
+        with pytest.raises(DataError, match="Set max_length to 512") as caught:
+            start(**FAST | {"max_length": 700})
+        assert caught.value.faults == (f"{tmp_path / 'long.txt'}:1: 700 tokens",)
+    assert not (tmp_path / "o").exists()
+    assert preview(base, tmp_path / "long.txt", max_length=512).examples == 3
+
+
+def test_another_base_is_no_base_to_resume_on(straight, data, tmp_path):
+    other = tiny_chat_model(tmp_path / "other")
+    with pytest.raises(RecipeError) as caught:
+        finetune(other, data, straight.out, resume=True, **FAST)
+    (fault,) = caught.value.faults
+    assert fault.startswith("base: ")
+    assert str(other) in fault
+
+
 def test_a_base_without_template_is_told(base, data, tmp_path):
     import shutil
 

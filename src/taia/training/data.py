@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -25,9 +25,12 @@ from taia.training.forms import TEXT, Message, RecordError, messages_of
 from taia.training.spans import IGNORED, chat_labels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["Chat", "Encoded", "Example", "Message", "digest", "encode", "encode_all", "read_chats"]
+__all__ = [
+    "Chat", "Encoded", "Example", "Message", "digest", "encode", "encode_all", "read_chats",
+    "refuse_beyond_context",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,24 @@ def encode_all(
             "raise max_length or shorten the prompts"
         )
     return Encoded(tuple(examples), truncated, dropped, tuple(where))
+
+
+def refuse_beyond_context(
+    examples: Sequence[Example], where: Sequence[str], config: PretrainedConfig
+) -> None:
+    """Raise DataError for examples that a model with this config cannot read, by `where`."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    long = [
+        f"{place}: {len(example['input_ids']):,} tokens"
+        for example, place in zip(examples, where, strict=True)
+        if context and len(example["input_ids"]) > context
+    ]
+    if long:
+        raise DataError(
+            f"{len(long)} examples are longer than the {context:,} tokens that the model reads. "
+            f"Set max_length to {context}, which cuts them, or less",
+            long,
+        )
 
 
 def digest(source: str | Path, chats: Iterable[Chat]) -> str:

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import OutputError, RecipeError
-from taia.load import load_tokenizer, quiet_transformers
+from taia.load import load_config, load_tokenizer, quiet_transformers
 from taia.sources import resolve
 from taia.training import distill, folder
 from taia.training.batches import longest_row
 from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
 from taia.training.corpus import Corpus, digest_of_data, make_corpus, read_data
-from taia.training.data import Encoded, digest, encode_all, read_chats
+from taia.training.data import Encoded, digest, encode_all, read_chats, refuse_beyond_context
 from taia.training.device import Device, choose_device
 from taia.training.loop import check_trackers, make_trainer, run_trainer
 from taia.training.mixture import parse_data
@@ -221,6 +221,10 @@ def _prepare(settings: Settings) -> _Run:
         done = distill.self_distill(settings, read, tokenizer)
         rewritten = make_corpus(settings, done.chats, tokenizer)
         corpus, distilled = replace(rewritten, digest=corpus.digest), done.facts
+    config = load_config(source)
+    refuse_beyond_context(corpus.examples, corpus.where, config)
+    if validation is not None:
+        refuse_beyond_context(validation.examples, validation.where, config)
     ready = make_ready(settings, source.form, tokenizer)
     ready = replace(ready, facts=ready.facts | distilled)
     device = choose_device(settings, ready.model, longest_row(corpus.examples))

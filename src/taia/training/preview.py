@@ -16,6 +16,7 @@ from taia.load import load_config, load_tokenizer
 from taia.sources import resolve
 from taia.training.batches import longest_row
 from taia.training.corpus import Part, make_corpus, read_data
+from taia.training.data import refuse_beyond_context
 from taia.training.distill import Outlook, outlook
 from taia.training.loop import shares_of
 from taia.training.mixture import parse_data
@@ -104,6 +105,7 @@ def preview(
     corpus = make_corpus(settings, read, tokenizer)
     tokens = corpus.tokens(settings.batch_size)
     config = load_config(source)
+    refuse_beyond_context(corpus.examples, corpus.where, config)
     part, _ = shares_of(config, longest_row(corpus.examples), settings)
     packings = {"plain": None, "packed": packing_for(config)}
     padding = {
