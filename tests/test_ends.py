@@ -12,6 +12,7 @@ from layout_tools import tensors, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import taia
+from taia.cli.app import build_parser
 from taia.kinds import Address, Kind
 from taia.plan import strengths_of
 from taia.selection import Selection
@@ -164,12 +165,21 @@ def test_a_decoder_that_is_deeper_than_its_encoder_lacks_nothing(tmp_path):
     assert len(faults) == len(state) - len(less) > 0
 
 
-def test_settings_that_differ_are_told(pair, tmp_path):
+def test_settings_that_differ_are_told(pair, tmp_path, capsys):
     base, tuned = pair("llama")
     state = tensors(tuned)
     other = write(tmp_path / "other", state, tuned, hidden_act="gelu", pad_token_id=3)
     (note,) = taia.plan(base, other, "attention").notes
     assert "hidden_act ('silu' and 'gelu')" in note
     assert "pad_token_id" not in note
+    told = []
+    taia.splice(base, other, tmp_path / "out", on_note=told.append)
+    assert told == [note]
+    words = ["splice", str(base), str(other), str(tmp_path / "again"), "--json"]
+    options = build_parser().parse_args(words)
+    options.do(options)
+    said = capsys.readouterr()
+    assert said.err.endswith(f"note: {note}\n")
+    assert json.loads(said.out)["selection"] == "attention"
     assert taia.plan(base, other, "all").notes == ()
     assert taia.plan(base, tuned, "attention").notes == ()

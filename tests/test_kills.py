@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path):
+@pytest.mark.parametrize(("kills", "gguf"), [(20, False), (8, True)], ids=["folder", "gguf"])
+def test_kills(tmp_path, kills, gguf):
     from kill_splices import kill_splices
 
-    found, wrong = kill_splices(tmp_path, kills=20, seed=1, megabytes=16)
+    found, wrong = kill_splices(tmp_path, kills=kills, seed=1, megabytes=16, gguf=gguf)
     assert wrong == 0, found
 
 

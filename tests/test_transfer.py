@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from taia import transfer
 from taia.errors import SourceError
+from taia.mirror import open_mirror
 from taia.remote import Stated, TransferError, checked_size, plain_name
 from taia.remote_http import http_remote
+from taia.sources import resolve
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
 
@@ -126,3 +128,20 @@ def test_a_plain_name_stays_in_its_folder(name):
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(SourceError, match="no usable size"):
         checked_size("host", "file", size)
+
+
+def test_gguf_files_on_a_server_are_refused_by_name():
+    class Listing(Shaky):
+        def find(self, patterns):
+            return {"a-Q8_0.gguf": Stated(3)} if "*.gguf" in patterns else {}
+
+    with pytest.raises(SourceError, match="download one of its GGUF files") as refused:
+        open_mirror(Listing(b"", []))
+    assert refused.value.faults == ("a-Q8_0.gguf",)
+    for text in (
+        "https://nowhere.invalid/a.gguf?x=1",
+        "hf://org/name/a.GGUF",
+        "s3://bucket/a.gguf",
+    ):
+        with pytest.raises(SourceError, match="from this disk only"):
+            resolve(text)

@@ -232,7 +232,7 @@ def open_mirror(remote: Remote) -> Mirror:
     """
     found = find(remote, [CONFIG, INDEX, SINGLE, *ADAPTER])
     if CONFIG not in found and ADAPTER[0] not in found:
-        raise SourceError(f"{remote.text}: not a model: neither {CONFIG} nor {ADAPTER[0]} is there")
+        raise _without_config(remote)
     small = {name: stated for name, stated in found.items() if name.endswith(".json")}
     weights = {name: stated for name, stated in found.items() if name not in small}
     if not weights and INDEX not in found:
@@ -249,6 +249,13 @@ def open_mirror(remote: Remote) -> Mirror:
     if ADAPTER[0] in found:
         mirror.fetch_all(["tokenizer*", "*.model", "*.jinja", "*.json", "*.txt"], content)
     return mirror
+
+
+def _without_config(remote: Remote) -> SourceError:
+    files = sorted(find(remote, ["*.gguf"]))
+    why = "; download one of its GGUF files and name it on this disk" if files else ""
+    told = f"{remote.text}: not a model: neither {CONFIG} nor {ADAPTER[0]} is there{why}"
+    return SourceError(told, files[:8])
 
 
 def _without_weights(remote: Remote) -> SourceError:

@@ -95,6 +95,10 @@ def _remote(text: str, *, headers_only: bool) -> Source:
     """A model on a server: its mirror, or a folder of huggingface_hub's cache."""
     from taia.mirror import open_mirror
 
+    if text.partition("?")[0].lower().endswith(".gguf"):
+        raise SourceError(
+            f"{text}: a GGUF file is read from this disk only; download it and name it there"
+        )
     scheme = (SCHEME.match(text) or [""])[0].lower()
     if scheme in ("http://", "https://"):
         from taia.remote_http import http_remote

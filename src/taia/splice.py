@@ -37,10 +37,13 @@ from taia.writing import (
     write_index,
 )
 
-__all__ = ["Progress", "execute", "splice"]
+__all__ = ["Note", "Progress", "execute", "splice"]
 
 Progress = Callable[[int, int], None]
 """Told the bytes downloaded and written so far, and in all."""
+
+Note = Callable[[str], object]
+"""Told what a plan notes: what transformers does not load, a head that is tied in one model."""
 
 
 def splice(
@@ -56,6 +59,7 @@ def splice(
     overwrite: bool = False,
     keep_downloads: bool = False,
     on_progress: Progress | None = None,
+    on_note: Note | None = None,
 ) -> Receipt:
     """Write the model that keeps `keep` of the delta from `base` to `tuned`.
 
@@ -65,8 +69,8 @@ def splice(
     can be verified without the sources; with a remote model they are always stored. Of one,
     only the bytes that are taken are downloaded, and not kept unless `keep_downloads` says so.
     `shard_size` (bytes, or a text such as 5GB) cuts the
-    weights anew; without it the files are the base's. Raises a TaiaError, and leaves
-    nothing at `out`.
+    weights anew; without it the files are the base's. `on_note` is told what is done beyond
+    the selection, before anything is written. Raises a TaiaError, and leaves nothing at `out`.
     """
     destination = Path(out)
     selection = Selection.parse(keep)
@@ -78,7 +82,7 @@ def splice(
         from taia.gguf_splice import write_gguf
 
         planned = plan(start, found, selection, requantize=requantize)
-        planned.refuse_faults()
+        _clear(planned, on_note)
         return write_gguf(
             planned, destination, hash=hash, overwrite=overwrite, on_progress=on_progress
         )
@@ -98,7 +102,7 @@ def splice(
     if merge and found.form is not Form.ADAPTER:
         raise SourceError(f"{found.text}: a {found.form}; --merge is for adapters")
     planned = plan(start, found, selection, requantize=requantize)
-    planned.refuse_faults()
+    _clear(planned, on_note)
     return execute(
         planned,
         destination,
@@ -108,6 +112,14 @@ def splice(
         keep_downloads=keep_downloads,
         on_progress=on_progress,
     )
+
+
+def _clear(planned: Plan, on_note: Note | None) -> None:
+    """Raise the faults of a plan; without any tell its notes."""
+    planned.refuse_faults()
+    if on_note is not None:
+        for note in planned.notes:
+            on_note(note)
 
 
 def execute(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from taia.adapter import Adapter
 from taia.changes import Change, Shapes, Sliced, refuse_shape
 from taia.checkpoint import Checkpoint
+from taia.errors import MismatchError
 from taia.layouts import Family, Place, family_of, place_of
 from taia.stacked import StackedModule
 
@@ -60,9 +61,12 @@ class StackedPart:
         tuned: Array = widen(base) + np.float32(strength) * delta
         return tuned
 
-    def sliced(self, folder: Path, strength: float, rank: int) -> Sliced:
-        """Never asked for: an adapter stays on the live parameter."""
-        raise NotImplementedError
+    def sliced(self, folder: Path, strength: float, rank: int) -> Sliced:  # noqa: ARG002
+        """Always refused: what is sliced is the live parameter that was trained."""
+        raise MismatchError(
+            f"{folder}: {self.weight}: a part of {self.whole.weight}, which is sliced as a whole; "
+            "slice the adapter as it was read"
+        )
 
 
 def unstack(base: Checkpoint, adapter: Adapter) -> Adapter:

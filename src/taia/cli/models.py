@@ -120,6 +120,7 @@ def splice(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             keep_downloads=options.keep_downloads,
             on_progress=on_progress,
+            on_note=tell_note,
         )
     print_receipt(receipt, options.out, "written", options.as_json)
     if options.push:
@@ -127,6 +128,11 @@ def splice(options: argparse.Namespace) -> None:
 
         address = push(options.out, options.push, private=options.private)
         print(f"uploaded: {address}", file=sys.stderr if options.as_json else sys.stdout)
+
+
+def tell_note(note: str) -> None:
+    """Print a note beside the output, which may be JSON."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 def rank(text: str) -> int | Literal["full"]:
@@ -169,7 +175,7 @@ def verify(options: argparse.Namespace) -> None:
     """Check an output against its receipt, byte for byte. Exit code 1 if it differs."""
     from taia.verify import verify as check
 
-    receipt = check(options.out, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
+    receipt = check(options.out, on_note=tell_note)
     print_receipt(receipt, options.out, "verified", options.as_json)
 
 
