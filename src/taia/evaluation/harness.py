@@ -161,6 +161,10 @@ def _run(job: Job, wanted: list[Variant], on_progress: Told | None) -> None:
 
 def _models(job: Job, wanted: list[Variant]) -> Iterator[tuple[Variant, HFLM]]:
     asked = job.asked
+    if job.backend == "vllm":
+        from taia.evaluation.vllm import vllm_models
+
+        return vllm_models(job.base, job.change, wanted, dtype=asked.dtype, seed=asked.seed)
     tokenizer = shared_tokenizer(job.base, job.change, chat=asked.protocol != "plain")
     return variant_models(
         job.base, job.change, wanted, tokenizer, dtype=asked.dtype, batch_size=asked.batch_size

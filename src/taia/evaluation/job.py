@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,9 @@ def check_options(
     faults += check_protocol(protocol, shots)
     if backend not in BACKENDS:
         faults.append(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "vllm" and find_spec("vllm") is None:
+        faults.append("backend vllm: vLLM is not installed (pip install vllm, with a CUDA device); "
+                      "without it leave the backend out")  # fmt: skip
     if limit is not None and limit < 1:
         faults.append(f"limit {limit}: at least 1 example, or leave it out for all")
     if batch_size < 1:

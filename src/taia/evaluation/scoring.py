@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import EvaluationError
 from taia.evaluation.cache import Cache
 from taia.evaluation.examples import example, example_id
-from taia.evaluation.protocol import request_options
+from taia.evaluation.protocol import in_stages, request_options
 from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.result import Example
 
@@ -31,6 +31,9 @@ __all__ = ["quiet_lm_eval", "score"]
 
 STREAMED = ("loglikelihood", "generate_until")
 """Kinds of requests whose answers are told as they come."""
+
+PART = 2048
+"""Requests at a time where they are not."""
 
 OUT_OF_MEMORY = "the memory does not suffice; use a smaller --batch-size"
 
@@ -138,12 +141,35 @@ class _Asked:
             finished += len(self._known(instances))
             if cache:
                 take(instances, self._found(cache, instances), None)
-            self.lm.known = self._known(instances)
-            self.lm.on_answers = functools.partial(take, instances)
-            try:
-                getattr(self.lm, kind)(instances)
-            finally:
-                self.lm.known, self.lm.on_answers = frozenset(), None
+            self._answer(kind, instances, functools.partial(take, instances))
+
+    def _answer(
+        self,
+        kind: str,
+        instances: Sequence[Instance],
+        take: Callable[[Mapping[int, Any]], None],
+    ) -> None:
+        """Have the model answer what is not known, telling `take` as it comes."""
+        if not hasattr(self.lm, "on_answers"):
+            for part in self._by_others(kind, instances):
+                take(part)
+            return
+        self.lm.known, self.lm.on_answers = self._known(instances), take
+        try:
+            getattr(self.lm, kind)(instances)
+        finally:
+            self.lm.known, self.lm.on_answers = frozenset(), None
+
+    def _by_others(self, kind: str, instances: Sequence[Instance]) -> Iterator[dict[int, Any]]:
+        """The answers of a model class that tells nothing before its end, part by part."""
+        known = self._known(instances)
+        needed = [place for place in range(len(instances)) if place not in known]
+        ask = getattr(self.lm, kind)
+        for at in range(0, len(needed), PART):
+            part = needed[at : at + PART]
+            asked = [instances[place] for place in part]
+            told = in_stages(ask, asked) if kind == "generate_until" else ask(asked)
+            yield dict(zip(part, told, strict=True))
 
     def _take(self, instances: Sequence[Instance], answers: Mapping[int, Any]) -> list[Example]:
         """Set down answers; the examples that are complete with them."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VARIANTS",
+    "checkpoint_of",
     "find_change",
     "identity",
     "parse_variants",
@@ -142,7 +143,7 @@ def variant_models(
                 yield variant, lm
         return
     for variant in variants:
-        with _checkpoint(base, change, variant) as source:
+        with checkpoint_of(base, change, variant) as source:
             model = load(source)
         yield variant, wrap(model, tokenizer, batch_size)
         del model
@@ -150,7 +151,9 @@ def variant_models(
 
 
 @contextlib.contextmanager
-def _checkpoint(base: str | Path, change: Source | None, variant: Variant) -> Iterator[str | Path]:
+def checkpoint_of(
+    base: str | Path, change: Source | None, variant: Variant
+) -> Iterator[str | Path]:
     """The checkpoint of a variant: one of the two as it is, or a splice in a temporary folder."""
     if change is None or variant.selection == "none":
         yield base
