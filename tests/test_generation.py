@@ -15,7 +15,10 @@ WORDS = {"vocab_size": 260, "eos_token_id": 256, "bos_token_id": 257}
 FAMILIES = {
     "llama": {},
     "qwen2": {},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,  # a tied random head repeats one token for ever
+    },
     "gpt2": {"n_positions": 128},
     "mixtral": {},
 }
@@ -40,11 +43,10 @@ def models():
             if model_type != "gpt2":
                 changes |= {"pad_token_id": 256, "max_position_embeddings": 128}
             made[model_type] = model = build(model_type, 0, **changes)
-            if model_type != "gemma3_text":  # small weights would repeat one token for ever
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        if parameter.ndim > 1:
-                            parameter.add_(0.3 * torch.randn_like(parameter))
+            with torch.no_grad():  # small weights would repeat one token as well
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.add_(0.3 * torch.randn_like(parameter))
         return made[model_type]
 
     return make
@@ -78,7 +80,7 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(models, tokenizer, mode
     for beginning in ([], BEGINNING):
         prompts = prompts_of(5, beginning=beginning, seed=6)
         expected = [alone(model, *pair) for pair in zip(prompts, budgets, strict=True)]
-        assert len({token for row in expected for token in row}) > 9
+        assert len({token for row in expected for token in row}) > 15
         for slots in (1, 3, 8):
             written = generate(model, tokenizer, prompts, max_new_tokens=budgets, slots=slots)
             assert [list(one.tokens) for one in written] == expected
