@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taia.attach import Live, attach
     from taia.errors import TaiaError, VerificationError
+    from taia.evaluation.advise import Advice, advise
+    from taia.evaluation.compare import Comparison, compare_runs
     from taia.evaluation.harness import evaluate
     from taia.experiment import run
     from taia.explain import Explanation, explain
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Address",
+    "Advice",
+    "Comparison",
     "Explanation",
     "Kind",
     "Live",
@@ -46,8 +50,10 @@ __all__ = [
     "Selection",
     "TaiaError",
     "VerificationError",
+    "advise",
     "attach",
     "classify",
+    "compare_runs",
     "evaluate",
     "explain",
     "extract",
@@ -63,6 +69,8 @@ __all__ = [
 _HOMES = {
     "PRESETS": "selection",
     "Address": "kinds",
+    "Advice": "evaluation.advise",
+    "Comparison": "evaluation.compare",
     "Explanation": "explain",
     "Kind": "kinds",
     "Live": "attach",
@@ -71,8 +79,10 @@ _HOMES = {
     "Selection": "selection",
     "TaiaError": "errors",
     "VerificationError": "errors",
+    "advise": "evaluation.advise",
     "attach": "attach",
     "classify": "kinds",
+    "compare_runs": "evaluation.compare",
     "evaluate": "evaluation.harness",
     "extract": "extract",
     "explain": "explain",

@@ -1,8 +1,8 @@
 """The report of a run: a table in the terminal, and one self-contained report.html.
 
 Everything is computed from the files of a run (settings.json and results/, and where they
-are there train/, deltas.json, recipe.yaml, lock.json), so it can be made again, later, on
-another machine, without the models and without torch. A run that holds only an
+are there train/, deltas.json, advice.json, recipe.yaml, lock.json), so it can be made again,
+later, on another machine, without the models and without torch. A run that holds only an
 evaluation gives a report of that; parts that are missing are left out. A half-written
 evaluation gives an error and no report: a table with holes would mislead.
 
@@ -49,6 +49,7 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     lock: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    advice: dict[str, Any] | None = None
 
 
 def report(run: str | Path) -> Path:
@@ -70,10 +71,12 @@ def read_run(folder: Path) -> Run:
     """Read and check the files of a run. Raises SourceError and EvaluationError."""
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder; give the folder of a run")
+    from taia.evaluation.advise import read_advice
     from taia.evaluation.result import read_results
     from taia.evaluation.summary import summarise
 
-    summary = summarise(read_results(folder))
+    results = read_results(folder)
+    summary = summarise(results)
     train = folder / "train"
     return Run(
         folder=folder,
@@ -83,6 +86,7 @@ def read_run(folder: Path) -> Run:
         training=_optional(train / "train.json"),
         lock=_optional(folder / "lock.json"),
         recipe=_text(folder / "recipe.yaml"),
+        advice=read_advice(results),
     )
 
 
@@ -181,6 +185,8 @@ def render_html(run: Run) -> str:
             table=score_table(summary),
             forests=forests,
             asked=how_asked(summary),
+            advice=run.advice,
+            halves=_halves(run.advice),
             corrected=corrected(summary),
             detectable=DETECTABLE,
             unread=_unread(summary),
@@ -196,6 +202,20 @@ def render_html(run: Run) -> str:
             recipe=run.recipe,
         )
     )
+
+
+def _halves(advice: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]:
+    """Every variant's score on the development split and on the rest, with intervals."""
+    if advice is None:
+        return []
+    halves = [advice["choice"][half]["scores"] for half in ("development", "rest")]
+    return [
+        (
+            name,
+            [f"{100 * half[name][key]:.1f}" for half in halves for key in ("mean", "low", "high")],
+        )
+        for name in halves[0]
+    ]
 
 
 def _unread(summary: Summary) -> list[tuple[str, list[tuple[str, int, int]]]]:

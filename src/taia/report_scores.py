@@ -20,6 +20,7 @@ from taia.evaluation.summary import REFERENCES
 from taia.report_plots import DASH, Axis, nice_axis, number
 
 __all__ = [
+    "AVERAGE",
     "Cell",
     "Forest",
     "Group",

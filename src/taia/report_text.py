@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from taia.evaluation.power import LEVEL
 from taia.evaluation.summary import REFERENCES
-from taia.report_plots import label
+from taia.report_plots import MINUS, label, number
 from taia.report_scores import (
+    AVERAGE,
     Forest,
     ScoreTable,
     difference_axis,
@@ -19,7 +22,10 @@ from taia.report_scores import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DETECTABLE", "corrected", "render_markdown", "render_terminal"]
+    from taia.evaluation.compare import Comparison
+    from taia.evaluation.compare import Row as ComparisonRow
+
+__all__ = ["DETECTABLE", "corrected", "render_comparison", "render_markdown", "render_terminal"]
 
 MARKS = {1: "bold", 2: "underline", 0: ""}
 """How a place is shown on a terminal."""
@@ -122,6 +128,55 @@ def corrected(summary: Mapping[str, Any]) -> str:
     count = summary["comparisons"]
     over = f", by Holm's method over {count} comparisons" if count > 1 else ""
     return f"p < 5%{over}"
+
+
+def render_comparison(comparison: Comparison) -> list[Table | str]:
+    """Two runs for a terminal: a table of every pair of variants, then what else to know."""
+    from rich import box
+    from rich.table import Table
+
+    one, other = (
+        f"{side.run} ({how_asked(dataclasses.asdict(side))})" for side in comparison.sides
+    )
+    parts: list[Table | str] = [f"A: {one}", f"B: {other}"]
+    for a, b in dict.fromkeys((row.a, row.b) for row in comparison.rows):
+        names = label(a) if a == b else f"{label(a)} (A) and {label(b)} (B)"
+        table = Table(title=names, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("task", no_wrap=True)
+        for column in ("n", "A %", "B %", f"A {MINUS} B", "95% interval", "p", "detectable"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in comparison.rows:
+            if (row.a, row.b) == (a, b):
+                table.add_row(*_comparison_row(row), end_section=row.task == "")
+        parts.append(table)
+    count = len(comparison.rows)
+    parts.append(
+        f"in points; p by Holm's method over {count} rows, * below 5%; detectable: the smallest "
+        "difference that so many examples show in 80% of cases, uncorrected"
+    )
+    unread = [sum(row.unparsed[side] for row in comparison.rows if row.task) for side in (0, 1)]
+    if any(unread):
+        parts.append(f"unread answers, counted as wrong: {unread[0]:,} of A, {unread[1]:,} of B")
+    return [*parts, *(f"note: {note}" for note in comparison.notes)]
+
+
+def _comparison_row(row: ComparisonRow) -> list[str]:
+    difference = row.difference
+    mean, low, high = (
+        number(100 * value, 1, signed=True)
+        for value in (difference["mean"], difference["low"], difference["high"])
+    )
+    mark = DIFFERS if difference["p_holm"] < LEVEL else " "
+    return [
+        row.task or AVERAGE,
+        f"{difference['examples']:,}",
+        f"{100 * row.first.mean:.1f}",
+        f"{100 * row.second.mean:.1f}",
+        f"{mean}{mark}",
+        f"{low} to {high}",
+        "<0.001" if difference["p_holm"] < 0.001 else f"{difference['p_holm']:.3f}",
+        f"{100 * difference['detectable']:.1f}",
+    ]
 
 
 def _head(columns: Sequence[str]) -> list[str]:

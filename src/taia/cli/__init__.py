@@ -3,6 +3,7 @@
     app.py        the parser of all commands, exit codes, signals
     models.py     plan, splice, verify
     runs.py       train, eval, run, report
+    comparing.py  compare, advise
     options.py    options that several commands share
     printing.py   tables, JSON, the progress bar
 

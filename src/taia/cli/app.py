@@ -10,19 +10,19 @@ import argparse
 import sys
 from typing import NoReturn
 
-from taia.cli import models, runs
+from taia.cli import comparing, models, runs
 from taia.errors import DependencyError, TaiaError
 from taia.stopping import listen
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = models.COMMANDS | runs.COMMANDS
+COMMANDS = models.COMMANDS | runs.COMMANDS | comparing.COMMANDS
 """Command -> the function that adds its options, and the one that carries it out."""
 
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "peft", "trl", "accelerate", "datasets"), "train"),
     "lm_eval": "eval",
-    "jinja2": "report",
+    **dict.fromkeys(("jinja2", "scipy", "statsmodels"), "report"),
     "ray": "ray",
     "gguf": "gguf",
 }

@@ -9,6 +9,7 @@ is needed (`level` takes the corrected 5%).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 __all__ = ["LEVEL", "POWER", "examples_needed", "smallest_difference"]
 
@@ -23,12 +24,7 @@ def smallest_difference(standard_error: float, units: int, level: float = LEVEL)
 
     `standard_error`: of the mean difference over them. One example shows nothing: 1.
     """
-    from scipy.stats import t
-
-    if units < 2:
-        return 1.0
-    quantiles = t.ppf(1 - level / 2, units - 1) + t.ppf(POWER, units - 1)
-    return min(1.0, float(quantiles) * standard_error)
+    return min(1.0, _errors(units, level) * standard_error) if units > 1 else 1.0
 
 
 def examples_needed(
@@ -45,3 +41,11 @@ def examples_needed(
     spread = standard_error * math.sqrt(examples)
     needed = normal_sample_size_one_tail(abs(difference), POWER, level / 2, std_null=spread)
     return math.ceil(needed) if needed <= MOST else None
+
+
+@lru_cache(maxsize=1024)
+def _errors(units: int, level: float) -> float:
+    """The smallest difference in standard errors."""
+    from scipy.stats import t
+
+    return float(t.ppf(1 - level / 2, units - 1) + t.ppf(POWER, units - 1))

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,7 @@ def _student(mean: float, error: float, examples: int, subjects: int) -> tuple[f
     return mean - half, mean + half
 
 
+@lru_cache(maxsize=1024)
 def _quantile(freedom: int | None = None) -> float:
     """The two-sided quantile of the t distribution, of the normal one without `freedom`."""
     from scipy import stats

@@ -42,7 +42,7 @@ __all__ = [
 LOCK = "lock.json"
 OWN = (
     "recipe.yaml", LOCK, "train", "overlap.json", "deltas.json", "settings.json", "results",
-    "parts", "summary.json", "report.html", "cells", "sweep.json",
+    "parts", "summary.json", "advice.json", "report.html", "cells", "sweep.json",
 )  # fmt: skip
 """Everything that a run writes, in its order; `overwrite` removes these and nothing else."""
 
