@@ -29,7 +29,7 @@ from taia.errors import EvaluationError
 
 __all__ = ["SCORING", "Cache", "open_cache", "others", "place"]
 
-SCORING = 1
+SCORING = 2
 """Raised with every change of the code that can change an answer."""
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
