@@ -44,12 +44,16 @@ def ours(options: argparse.Namespace) -> None:
 def theirs(options: argparse.Namespace) -> None:
     """One run of lm-eval on one checkpoint."""
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     from taia.evaluation.catalogue import find_tasks, load_task
 
     tasks = {one.name: load_task(one) for one in find_tasks(options.tasks.split(","), options.data)}
-    lm = HFLM(pretrained=str(options.model), dtype="bfloat16", batch_size=options.batch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = HFLM(
+        pretrained=str(options.model), dtype="bfloat16", batch_size=options.batch, device=device
+    )
     lm_eval.evaluate(
         lm, {"tasks": tasks}, limit=options.limit, bootstrap_iters=0, apply_chat_template=True
     )
@@ -62,10 +66,12 @@ def timed(options: argparse.Namespace, kind: str, model: Path, **more: object) -
                 "limit": options.limit} | more  # fmt: skip
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise SystemExit(f"failed: {' '.join(command)}\n{said.read().decode()[-2000:]}")
     return [time.perf_counter() - begun, usage.ru_utime + usage.ru_stime]
 
 
