@@ -11,6 +11,7 @@ from taia.evaluation.trie import Trie, shared_prefixes
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=9)
 
 
+@settings(deadline=None)
 @given(st.lists(TOKENS, min_size=1, max_size=6))
 def test_a_node_comes_after_exactly_its_sequence(sequences):
     trie = Trie()
@@ -24,6 +25,7 @@ def test_a_node_comes_after_exactly_its_sequence(sequences):
     assert len(trie) == len({tuple(s[: at + 1]) for s in sequences for at in range(len(s))})
 
 
+@settings(deadline=None)
 @given(st.lists(TOKENS.map(tuple), max_size=12, unique=True))
 def test_groups_hold_every_sequence_once_and_begin_as_told(sequences):
     groups = shared_prefixes(sequences)
@@ -46,7 +48,7 @@ def test_a_long_common_beginning_is_read_once_for_each_group():
     assert [group.tokens for group in lone] == [header]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(TOKENS, TOKENS), max_size=12), st.integers(9, 24), st.integers(1, 4))
 def test_every_request_is_planned_once_with_its_own_tokens(pairs, longest, most):
     requests = [(("", ""), prompt, choice) for prompt, choice in pairs]
