@@ -185,7 +185,7 @@ metric_list:
 
 @pytest.mark.slow
 def test_any_other_task_of_lm_evals(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write(tmp_path / "rows.jsonl", {"q": "one", "a": "1"}, {"q": "two", "a": "2"})
     file = tmp_path / "own.yaml"
     file.write_text(FOREIGN.format(data=tmp_path / "rows.jsonl"))
