@@ -16,9 +16,14 @@ import pytest
 import yaml
 
 from taia.errors import ClusterError
+from taia.evaluation.harness import evaluate
 from taia.experiment import run
+from taia.experiment.cell import make_cell
+from taia.experiment.lock import remove
 from taia.experiment.on_ray import _check_nodes, check_address
-from taia.recipe import Need, Resources
+from taia.experiment.parts import PARTS, gather, parts_of, score_part
+from taia.experiment.stages import evaluation
+from taia.recipe import Need, Resources, load_recipe
 
 pytest.importorskip("ray")
 
@@ -82,9 +87,10 @@ def kill_workers(command: subprocess.Popen[bytes], wanted: set[str], seconds: fl
 
 @pytest.mark.slow
 def test_lost_workers_run_again_and_the_files_are_those_without_ray(
-    bench: Path, tmp_path: Path
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(bench, STATED)
+    monkeypatch.setenv("TAIA_CACHE", str(tmp_path / "cache"))  # answers of one run are kept apart
     words = [sys.executable, "-m", "taia", "run", str(recipe), "--out", str(tmp_path / "ray")]
     with (tmp_path / "told").open("wb") as told:
         command = subprocess.Popen([*words, "--ray", "local"], stdout=told, stderr=told)
@@ -102,6 +108,7 @@ def test_lost_workers_run_again_and_the_files_are_those_without_ray(
     assert [line.split()[0] for line in done] == [f"{n}/{total}" for n in range(1, total + 1)]
     assert len({line.split(maxsplit=1)[1] for line in done}) == total
 
+    monkeypatch.setenv("TAIA_CACHE", str(tmp_path / "other-cache"))  # from those of the other
     alone = run(recipe, tmp_path / "alone")
     spread = tmp_path / "ray"
     assert outcome(spread) == outcome(alone)
@@ -119,6 +126,32 @@ def test_lost_workers_run_again_and_the_files_are_those_without_ray(
     run(recipe, spread, ray="local")
     run(recipe, spread)
     assert times == {path: path.stat().st_mtime_ns for path in spread.rglob("*") if path.is_file()}
+
+
+def test_parts_put_together_are_one_evaluation(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapter_tools import save_adapter
+
+    save_adapter(bench / "base", bench / "adapter", r=2, lora_alpha=40)
+    stated = {name: STATED[name] for name in ("name", "base", "evaluate")} | {"adapter": "adapter"}
+    recipe = load_recipe(write(bench, stated))
+    found = {}
+    for name in ("parts", "whole"):
+        monkeypatch.setenv("TAIA_CACHE", str(tmp_path / f"cache-{name}"))
+        cell = make_cell(recipe, "", bench, tmp_path / name)
+        if name == "parts":
+            for part in reversed(parts_of(cell)):
+                score_part(cell, *part)
+            gather(cell)
+            remove(cell.out / PARTS)
+        evaluate(cell.base, cell.out, **evaluation(cell))
+        found[name] = {
+            str(path.relative_to(cell.out)): path.read_bytes()
+            for path in cell.out.rglob("*") if path.is_file()
+        }  # fmt: skip
+    assert found["parts"] == found["whole"]
+    assert len(found["whole"]) == 3 + 2
 
 
 @pytest.mark.parametrize(
