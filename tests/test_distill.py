@@ -104,6 +104,10 @@ def test_every_answer_is_asked_for_after_the_turns_of_the_data(settings, monkeyp
         ("so\n#### 1,026", "that makes 1,026.", True, None),
         ("so\n#### 26", "that makes 126", True, "answer lost"),
         ("so\n#### 26", "that makes 26.5", True, "answer lost"),
+        ("so\n#### 26", "that makes -26", True, "answer lost"),
+        ("so\n#### 26", "26 eggs, 4 sold\n#### 22", True, "answer lost"),
+        ("so\n#### 26", "The answer is 22, no: the answer is 26.", True, None),
+        ("The answer is B. IRON", "IRON? The answer is A. COPPER", True, "answer lost"),
         ("So the answer is 4 apples.", "She has 4 apples left", True, None),
     ],
 )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from taia.errors import RecipeError
-from taia.experiment import run
+from taia.experiment import run, runs
 from taia.recipe import Need, load_recipe
-from taia.sweep import load_sweep
+from taia.sweep import Sweep, load_sweep
 from taia.sweep_plots import accuracy_table, difference_table, figure, outcome
 from taia.sweep_report import render_sweep_markdown, report_sweep
 from taia.sweep_scores import read_scores
@@ -232,6 +233,42 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from chat_tools import tiny_bench
 
     return tiny_bench(tmp_path_factory.mktemp("sweep"))
+
+
+def test_no_scores_of_an_earlier_run_outlive_one_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+    cell = SimpleNamespace(cell=None, lock=None)
+    monkeypatch.setattr(runs, "_tasks", lambda *_, **__: ([cell], []))
+    monkeypatch.setattr(runs, "undone", lambda *_: left)
+    monkeypatch.setattr(runs, "carry_out", lambda *_: left.clear())
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def told(sweep: Sweep, folder: Path) -> None:
+        scores = {"cells": [one.name for one in sweep.cells], "x": sweep.report.x}
+        (folder / "sweep.json").write_text(json.dumps(scores))
+
+    monkeypatch.setattr("taia.sweep_report.report_sweep", lambda out: (out / "report.html").touch())
+    monkeypatch.setattr("taia.sweep_scores.write_scores", told)
+    few = SWEEP | {"train.data.replace": [0]}
+    out = runs.run(write(tmp_path, changed(few)), tmp_path / "out")
+    assert len(read_scores(out)["cells"]) == 2
+
+    more = write(tmp_path, changed(SWEEP), "more.yaml")
+    left.append("train")
+    with monkeypatch.context() as cut:
+        cut.setattr("taia.sweep_scores.write_scores", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(more, out)  # all cells are done, their scores are not told
+    runs.run(more, out)
+    assert len(read_scores(out)["cells"]) == 4
+
+    axis = {"x": "evaluate.protocol"}
+    runs.run(write(tmp_path, changed(SWEEP, report=axis)), out)
+    assert read_scores(out)["x"] == axis["x"]
 
 
 @pytest.mark.slow

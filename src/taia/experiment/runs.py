@@ -36,6 +36,7 @@ from taia.experiment.lock import (
     begin,
     check_folder,
     read_lock,
+    remove,
     start_anew,
     write_lock,
 )
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from taia.training.preview import Preview
 
 __all__ = ["preview_recipe", "run", "train_recipe"]
+
+SCORED = ("sweep.json", "report.html")
+"""What a sweep tells of all its cells together."""
 
 
 def run(
@@ -80,6 +84,8 @@ def run(
     with connected(ray, sweep.resources) if ray and changed else nullcontext() as cluster:
         if sweep.axes:
             _begin_sweep(sweep, folder, text, overwrite=overwrite)
+        if sweep.axes and changed:
+            _forget_scores(folder)
         for task in new:
             start_anew(task.cell.out, task.lock, task.cell.text)
         if cluster is not None:
@@ -88,7 +94,7 @@ def run(
             for task in tasks:
                 carry_out(task, console)
     if sweep.axes:
-        _report_sweep(sweep, folder, changed=changed)
+        _report_sweep(sweep, folder)
     return folder
 
 
@@ -203,20 +209,27 @@ def _begin_sweep(sweep: Sweep, folder: Path, text: str, *, overwrite: bool) -> N
             raise RecipeError(
                 f"{folder}: holds cells that the recipe no longer states. {FOLDER_MEND}", gone
             )
-        if before == lock and (folder / "recipe.yaml").is_file():
+        stored = folder / "recipe.yaml"
+        if before == lock and stored.is_file() and stored.read_text("utf-8") == text:
             return
+        _forget_scores(folder)  # cells or the figure's axis may be others
         write_lock(folder, lock)
         atomic_write(folder / "recipe.yaml", text)
         return
     start_anew(folder, lock, text)
 
 
-def _report_sweep(sweep: Sweep, folder: Path, *, changed: bool) -> None:
-    """Write sweep.json and report.html, where a cell changed or they are not there."""
+def _forget_scores(folder: Path) -> None:
+    """Remove what is told of all cells: a run that is cut off leaves none of an earlier one."""
+    for name in SCORED:
+        remove(folder / name)
+
+
+def _report_sweep(sweep: Sweep, folder: Path) -> None:
+    """Write sweep.json and report.html, where they are not there."""
     from taia.sweep_report import report_sweep
     from taia.sweep_scores import write_scores
 
-    files = (folder / "sweep.json", folder / "report.html")
-    if changed or not all(file.is_file() for file in files):
+    if not all((folder / name).is_file() for name in SCORED):
         write_scores(sweep, folder)
         report_sweep(folder)

@@ -19,7 +19,7 @@ import numpy as np
 
 from taia.errors import DataError, RecipeError
 from taia.receipt import digest_of
-from taia.training.batches import training_order
+from taia.training.batches import longest_row, training_order
 from taia.training.data import Chat, Encoded, Example, digest, encode_all, read_chats
 from taia.training.mixture import Mixture
 from taia.training.overlap import Overlap, find_overlap, held_out_files, read_held_out
@@ -88,6 +88,11 @@ class Corpus:
     def dropped(self) -> int:
         """Records without an assistant token within max_length."""
         return sum(part.dropped for part in self.parts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that is trained on."""
+        return longest_row([self.examples[number] for number in self.order])
 
     def tokens(self, batch_size: int) -> list[int]:
         """Tokens trained on up to and with every step."""

@@ -31,7 +31,6 @@ from taia.errors import OutputError, RecipeError
 from taia.load import load_config, load_tokenizer, quiet_transformers
 from taia.sources import resolve
 from taia.training import distill, folder
-from taia.training.batches import longest_row
 from taia.training.callbacks import Interrupt, LogLine, Recorder, progress_bar, recording, watching
 from taia.training.corpus import Corpus, digest_of_data, make_corpus, read_data
 from taia.training.data import Encoded, digest, encode_all, read_chats, refuse_beyond_context
@@ -227,7 +226,7 @@ def _prepare(settings: Settings) -> _Run:
         refuse_beyond_context(validation.examples, validation.where, config)
     ready = make_ready(settings, source.form, tokenizer)
     ready = replace(ready, facts=ready.facts | distilled)
-    device = choose_device(settings, ready.model, longest_row(corpus.examples))
+    device = choose_device(settings, ready.model, corpus.longest)
     packing = None
     if settings.packing:
         require_packing(ready.model)

@@ -14,7 +14,6 @@ from typing import Any
 
 from taia.load import load_config, load_tokenizer
 from taia.sources import resolve
-from taia.training.batches import longest_row
 from taia.training.corpus import Part, make_corpus, read_data
 from taia.training.data import refuse_beyond_context
 from taia.training.distill import Outlook, outlook
@@ -106,7 +105,7 @@ def preview(
     tokens = corpus.tokens(settings.batch_size)
     config = load_config(source)
     refuse_beyond_context(corpus.examples, corpus.where, config)
-    part, _ = shares_of(config, longest_row(corpus.examples), settings)
+    part, _ = shares_of(config, corpus.longest, settings)
     packings = {"plain": None, "packed": packing_for(config)}
     padding = {
         name: round(1 - tokens[-1] / corpus.padded(settings.batch_size, part, packing)[-1], 4)

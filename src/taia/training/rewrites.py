@@ -8,7 +8,7 @@ reference. A rewrite is kept from training, and the answer of the data trained o
     empty           it has no words
     echo            it speaks of its prompt ("reference answer", "my response", ...)
     answer lost     the reference states a final answer (#### 26; the answer is B. IRON) and the
-                    rewrite does not state the same one
+                    rewrite does not state the same one (where it marks one itself: there)
 
 Limits: a final answer is looked for only where the reference marks it in one of these two ways;
 a rewrite may be wrong in all else. A letter counts where it stands as a letter of a choice does,
@@ -49,7 +49,7 @@ def judge(reference: str, rewrite: str, *, finished: bool) -> str | None:
     if any(echo in lowered for echo in ECHOES) or rewrite.lstrip().startswith("Your turn"):
         return "echo"
     answer = final_answer(reference)
-    if answer is not None and not states(rewrite, answer):
+    if answer is not None and not states(_conclusion(rewrite), answer):
         return "answer lost"
     return None
 
@@ -60,6 +60,12 @@ def final_answer(text: str) -> str | None:
     if not found:
         return None
     return (found[-1][1] or found[-1][2]).strip().rstrip(".").strip() or None
+
+
+def _conclusion(text: str) -> str:
+    """A text from its last marked final answer on; all of it where it marks none."""
+    found = list(FINAL.finditer(text))
+    return text[found[-1].start() :] if found else text
 
 
 def states(text: str, answer: str) -> bool:
@@ -80,7 +86,7 @@ def states(text: str, answer: str) -> bool:
 def _holds(text: str, words: str) -> bool:
     """Whether words stand in a text; neither case, spaces nor the commas of numbers count."""
     plain, wanted = _plain(text), _plain(words)
-    return re.search(rf"(?<![\w.]){re.escape(wanted)}(?!\w|\.\d)", plain) is not None
+    return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", plain) is not None
 
 
 def _plain(text: str) -> str:
