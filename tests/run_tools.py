@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,13 @@ SELECTIONS = {"base": "none", "vanilla": "all", "taia": "attention", "taif": "ff
 
 Answers = Mapping[str, Mapping[str, Sequence[float]]]
 """Variant -> task -> one score an example."""
+
+
+def source_of(sources: Mapping[str, str] | None, task: str) -> tuple[str, str]:
+    """A task's file and its SHA-256; where none is stated, one that is gone."""
+    if not sources or task not in sources:
+        return "gone.jsonl", "0" * 64
+    return sources[task], hashlib.sha256(Path(sources[task]).read_bytes()).hexdigest()
 
 
 def write_run(
@@ -62,7 +70,7 @@ def write_run(
         "batch_size": 32,
         "data": "data",
         "tasks": {
-            task: TaskInfo(count, metric, (sources or {}).get(task, "gone.jsonl"), "0" * 64)
+            task: TaskInfo(count, metric, *source_of(sources, task))
             for task, count in tasks.items()
         },
         "variants": tuple(

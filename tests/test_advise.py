@@ -45,6 +45,14 @@ def test_what_is_planted_is_recommended(tmp_path, best):
     assert advice.choice.needed == 0
 
 
+def test_that_the_whole_fine_tune_is_missing_is_told(tmp_path):
+    advice = advise(write_run(tmp_path, simulated({"base": 0.0, "taia": 0.4}, 300)))
+    assert advice.recommendation == "taia"
+    assert advice.paragraph.endswith(
+        "The whole fine-tune is not in this run, so it may be better still."
+    )
+
+
 def test_without_a_difference_one_cannot_tell(tmp_path):
     advice = advise(write_run(tmp_path, simulated(NOTHING, 100)))
     assert (advice.recommendation, advice.variant) == (CANNOT_TELL, "")
@@ -149,7 +157,7 @@ def test_a_base_that_guesses_is_told(tmp_path):
     run = write_run(tmp_path, simulated(NOTHING, 100, accuracy=0.27))
     advice = advise(run)
     assert [one.guessing for one in advice.base] == [0.25, 0.25]
-    assert "task0 and task1 the base is not distinguishable from guessing" in advice.paragraph
+    assert "task0 and task1 the base is not distinguishably above guessing" in advice.paragraph
     free = advise(write_run(tmp_path / "free", simulated(NOTHING, 100, accuracy=0.27), choices=0))
     assert "guessing" not in free.paragraph
 
@@ -172,6 +180,10 @@ def test_training_text_is_measured_where_it_can_be_read(tmp_path):
     (found,) = advice.mismatch
     assert 0 <= found.yardstick < 0.3 < 0.7 < found.distance <= 1
     assert f"{found.distance:.2f} from the questions" in advice.paragraph
+    (tmp_path / "asked.jsonl").write_text("[1]\n")  # no longer what was asked
+    changed = advise(run)
+    assert changed.mismatch == ()
+    assert "were changed since" in changed.paragraph
     (tmp_path / "chats.jsonl").unlink()
     missing = advise(run)
     assert missing.mismatch == ()
@@ -198,4 +210,6 @@ def test_runs_that_allow_no_advice(tmp_path):
     run = write_run(tmp_path / "one", simulated({"base": 0.0, "taia": 0.0}, 20))
     with pytest.raises(RecipeError, match="between 0 and 1"):
         advise(run, development=1.0)
+    with pytest.raises(RecipeError, match="seed -1"):
+        advise(run, seed=-1)
     assert not (run / "advice.json").exists()

@@ -30,6 +30,10 @@ def records(shared_data, name):
         ("26", "The answer is $26.00, i.e. 26 dollars", 1, 1),
         ("26", "The answer is 26 apples, not 27.", 1, 1),
         ("26", "24 + 2\n#### 26", 1, 1),
+        ("26", "#### Step 1: add\n24 + 2\n#### Step 2: tell\nIt is 26", 1, 1),
+        ("26", "The answer is 26.\n\n#### Checking\n26 - 2 = 24", 1, 1),
+        ("26", "24 + 2\n#### 26\n\nLater 2 more", 1, 1),
+        ("-5", "The answer is \N{MINUS SIGN}5.", 1, 1),
         ("26", "it is 26", 1, 1),
         ("26", "26. The answer is 27.", 0, 1),
         ("26", "The answer is not known.", 0, 0),
@@ -58,6 +62,11 @@ OPTIONS = "Which?\nOptions:\n(A) ice\n(B) fire\n(C) a salt"
     ("gold", "text", "right", "parsed"),
     [
         ("(B)", "So the answer is (B).", 1, 1),
+        ("(B)", r"The final answer is: $\boxed{\text{B}}$", 1, 1),
+        ("(B)", r"Thus \(\boxed{(B)}\)", 1, 1),
+        ("(B)", r"The answer is \boxed{A}", 0, 1),
+        ("Yes", 'The answer is "Yes".', 1, 1),
+        ("b a d", "The answer is **b a d**.", 1, 1),
         ("(B)", "The answer is B.", 1, 1),
         ("(B)", "The answer is **(B)** fire", 1, 1),
         ("(B)", "The answer is (A).", 0, 1),
@@ -91,6 +100,8 @@ def test_spans_by_the_rules_of_squad():
     nothing = {"answers": []}
     assert grade_span(nothing, ["Unanswerable."]) == {"f1": 1, "exact": 1, "parsed": 1}
     assert grade_span(nothing, ["Normans"]) == {"f1": 0, "exact": 0, "parsed": 1}
+    assert grade_span(nothing, ["..."]) == {"f1": 0, "exact": 0, "parsed": 0}
+    assert grade_span({"answers": ["A"]}, ["A"]) == {"f1": 1, "exact": 1, "parsed": 1}
     assert grade_span(nothing, [""]) == {"f1": 0, "exact": 0, "parsed": 0}
 
 

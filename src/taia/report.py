@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from taia.errors import DependencyError, EvaluationError, SourceError
 from taia.evaluation.power import LEVEL
 from taia.files import atomic_write
-from taia.report_plots import heat_map, label, loss_curve
+from taia.report_plots import heat_map, label, loss_curve, number
 from taia.report_scores import difference_axis, forest, how_asked, score_table
 from taia.report_shares import share_charts
 from taia.report_text import DETECTABLE, corrected
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from taia.evaluation.summary import Summary
 
 __all__ = ["facts_of_training", "page_maker", "report", "verdict"]
-
-MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ def _compared(reference: str, difference: Mapping[str, Any]) -> str:
     unit = "point" if amount == "1.0" else "points"
     place = f"{amount} {unit} {_side(mean)}" if float(amount) else "level with"
     certain = "is" if difference["p_holm"] < LEVEL else "is not"
-    bounds = f"{low:.1f} to {high:.1f}".replace("-", MINUS)
+    bounds = f"{number(low, 1)} to {number(high, 1)}"
     return (
         f"{place} {label(reference)} (95% interval {bounds}: the difference {certain} "
         "distinguishable from zero)"

@@ -100,10 +100,13 @@ def advise(run: str | Path, *, development: float = 0.5, seed: int = 0) -> Advic
     chances = tuple(_chance(results, base, task) for task in results.tasks)
     distances, why = mismatches(results)
     kind = KINDS.get(selections[choice.leader], OTHER) if choice.chosen else CANNOT_TELL
+    told = _sentences(choice, kind, chances, distances, why)
+    if choice.chosen and "all" not in selections.values():
+        told.append("The whole fine-tune is not in this run, so it may be better still.")
     advice = Advice(
         recommendation=kind,
         variant=choice.leader if choice.chosen else "",
-        paragraph=" ".join(_sentences(choice, kind, chances, distances, why)),
+        paragraph=" ".join(told),
         choice=choice,
         base=chances,
         mismatch=distances,
@@ -171,7 +174,7 @@ def _sentences(
     guessed = [one.task for one in chances if one.guessing > 0 and one.low <= one.guessing]
     if guessed:
         told.append(
-            f"On {_listed(guessed)} the base is not distinguishable from guessing: TAIA needs the "
+            f"On {_listed(guessed)} the base is not distinguishably above guessing: TAIA needs the "
             "knowledge to be in the base, so it has little to show there."
         )
     told.append(_mismatch_told(distances, why))

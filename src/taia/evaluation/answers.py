@@ -2,9 +2,9 @@ r"""Whether a generated answer is right: read by libraries, compared by librarie
 
 Mathematics by math-verify (SymPy), words and option letters by math-verify's extraction,
 other texts by lm-eval's exact match, spans by the SQuAD functions in lm-eval, summaries by
-rouge-score. What is read is what follows the last "answer is" or "####" of the text, else
-the whole text; of a solution of MATH, failing that, the last \boxed. An answer that cannot be
-read is wrong, and `parsed` says so.
+rouge-score. What is read is what follows the last "answer is" or "####" of the text (a heading
+of Markdown is none), else the whole text; of a solution of MATH, failing that, the last \boxed.
+An answer that cannot be read is wrong, and `parsed` says so.
 
 Limits: math-verify limits its time by a signal, so outside a process's main thread an
 expression may take as long as it likes. F1 and ROUGE stem and tokenise English.
@@ -30,8 +30,11 @@ __all__ = [
     "read_answer",
 ]
 
-ANCHORS = ("answer is", "####")
-"""What stands before an answer; the second is GSM8K's."""
+ANCHOR = re.compile(
+    r"answer is|(?<!#)####(?!#)[ \t]*(?=\S[^\n]*\s*\Z|[^\sA-Za-z*]\S*[ \t]*\n)", re.IGNORECASE
+)
+"""What stands before an answer. "####" is GSM8K's, where a value or the end of the text follows;
+else it is a heading of Markdown, which chat models write before each step."""
 
 UNANSWERABLE = "unanswerable"
 """What a model is asked to say, and lm-eval's prompt shows, where a passage has no answer."""
@@ -45,17 +48,20 @@ SECONDS = 5
 MATHEMATICS = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 """What shows math-verify that an expression begins."""
 
+WRAPPED = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+UNSAID = re.compile(r"\\[()\[\]]|[$\"\u201c\u201d]")
+"""What LaTeX and quotation put around an option letter or a word."""
+
 Scores = dict[str, float]
 """lm-eval's per-example metrics; `parsed` is 1 where an answer could be read."""
 
 
 def read_answer(text: str) -> tuple[str, bool]:
     """What follows the last anchor, and True; or the whole text, and False."""
-    folded = text.lower() if len(text.lower()) == len(text) else text
-    ends = [folded.rfind(anchor) + len(anchor) for anchor in ANCHORS if anchor in folded]
+    ends = [found.end() for found in ANCHOR.finditer(text)]
     if not ends:
         return text.strip(), False
-    return text[max(ends) :].lstrip(": ").strip(), True
+    return text[ends[-1] :].lstrip(": ").strip(), True
 
 
 def grade_math(doc: Mapping[str, Any], responses: Sequence[str]) -> Scores:
@@ -89,7 +95,8 @@ def grade_span(doc: Mapping[str, Any], responses: Sequence[str]) -> Scores:
     answer, _ = read_answer(responses[0])
     answer = (answer.splitlines() or [""])[0]
     said = normalize_answer(answer)
-    if said.startswith(UNANSWERABLE):
+    refused = said.startswith(UNANSWERABLE)
+    if refused:
         said = ""
 
     def f1(gold: str) -> float:
@@ -100,7 +107,7 @@ def grade_span(doc: Mapping[str, Any], responses: Sequence[str]) -> Scores:
 
     golds = doc["answers"] or [""]
     exact = max(float(said == normalize_answer(gold)) for gold in golds)
-    parsed = bool(answer.strip())
+    parsed = bool(said or refused or (answer and doc["answers"]))  # dots alone refuse nothing
     best = max(f1(gold) for gold in golds)
     return {"f1": best * parsed, "exact": exact * parsed, "parsed": float(parsed)}
 
@@ -132,7 +139,7 @@ def _expression(text: str) -> list[Any]:
     from math_verify import parse
 
     with _quiet():
-        found: list[Any] = parse(text, parsing_timeout=_seconds())
+        found: list[Any] = parse(text.replace("\u2212", "-"), parsing_timeout=_seconds())
     return found
 
 
@@ -151,7 +158,8 @@ def _read_string(text: str, strings: tuple[str, ...]) -> str:
     from math_verify import StringExtractionConfig, parse
 
     answer, anchored = read_answer(text)
-    shown = (f"The answer is {answer}" if anchored else answer).replace("$", "")
+    shown = WRAPPED.sub(r"\1", WRAPPED.sub(r"\1", UNSAID.sub("", answer))).strip()
+    shown = f"The answer is {shown}" if anchored else shown
     config = StringExtractionConfig(strings=tuple(dict.fromkeys(strings)))
     with _quiet():
         found = parse(shown, [config], parsing_timeout=_seconds())
@@ -164,6 +172,8 @@ def _same_text(gold: str, text: str) -> Scores:
 
     answer, anchored = read_answer(text)
     line = (answer.splitlines() or [""])[0].strip()
+    if not re.search("[*`]", gold):  # bold or code of Markdown
+        line = re.sub("[*`]", "", line).strip()
     if not anchored or not line:
         return {"exact_match": 0.0, "parsed": 0.0}
     same = exact_match_fn(

@@ -83,10 +83,13 @@ def split(tasks: Mapping[str, int], share: float, seed: int) -> dict[str, tuple[
     """For every task with so many examples, the numbers of those for choosing and of the rest.
 
     Depends on `seed` and on the task's name and size, on nothing else. Raises RecipeError for a
-    share that is not between 0 and 1, EvaluationError for a task with fewer than two examples.
+    share that is not between 0 and 1 or a negative seed, EvaluationError for a task with fewer than
+    two examples.
     """
     if not 0 < share < 1:
         raise RecipeError(f"development share {share}: a number between 0 and 1 is needed")
+    if seed < 0:
+        raise RecipeError(f"seed {seed}: a whole number from 0 is needed")
     small = [f"{task}: {count} example" for task, count in tasks.items() if count < 2]
     if small:
         raise EvaluationError("a task needs two examples or more to be split:", small)

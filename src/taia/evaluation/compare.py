@@ -183,7 +183,8 @@ def _align(
     if faults:
         raise EvaluationError(
             "the two runs are on different examples, so their difference would be one of "
-            "questions; evaluate both with the same --data and --limit:",
+            "questions; evaluate both with the same --data and --limit (and --protocol, where the "
+            "metrics differ):",
             faults,
         )
     return aligned

@@ -10,6 +10,7 @@ seed. Texts are read from local files only; nothing is fetched for it. It decide
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -56,10 +57,12 @@ def mismatches(results: Results) -> tuple[tuple[Mismatch, ...], str]:
     for task, info in results.settings.tasks.items():
         file = Path(info.source)
         if info.sha256 is not None and file.is_file():
-            made = word_distance(task, trained, _question_words(file))
-            found += [made] if made else []
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == info.sha256:  # else they are other questions
+                made = word_distance(task, trained, _question_words(content))
+                found += [made] if made else []
     if not found:
-        return (), "the questions are not in local files"
+        return (), "the questions are not in local files, were changed since, or hold few words"
     return tuple(found), ""
 
 
@@ -120,9 +123,8 @@ def _training_words(results: Results) -> list[list[str]]:
     ]
 
 
-def _question_words(file: Path) -> list[list[str]]:
-    with file.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines if line.strip()]
+def _question_words(content: bytes) -> list[list[str]]:
+    records = [json.loads(line) for line in content.splitlines() if line.strip()]
     return [[word for text in _texts(record) for word in _words(text)] for record in records]
 
 
