@@ -207,6 +207,24 @@ def test_a_run_trains_on_the_rewrites(base, data, tmp_path, monkeypatch, capsys)
     assert weights[0] == weights[1]
 
 
+def test_a_run_does_not_go_on_with_other_rewrites(base, data, tmp_path, monkeypatch, cache):
+    """Rewrites that were lost and come out otherwise are other data."""
+    writer(monkeypatch, lambda _: ("in my words", True))
+    options = {"batch_size": 2, "rank": 2, "dtype": "float32", "self_distill": True}
+    out = tmp_path / "run"
+
+    def stop(_):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        finetune(base, data, out, on_progress=stop, **options)
+    for file in cache.glob("*.jsonl"):
+        file.unlink()
+    writer(monkeypatch, lambda _: ("in other words", True))
+    with pytest.raises(RecipeError, match="other rewrites"):
+        finetune(base, data, out, resume=True, **options)
+
+
 def test_nothing_to_rewrite_is_an_error(base, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("plain text\n")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
-    "Chat", "Encoded", "Example", "Message", "digest", "encode", "encode_all", "read_chats",
-    "refuse_beyond_context",
+    "Chat", "Encoded", "Example", "Message", "digest", "digest_of_chats", "encode", "encode_all",
+    "read_chats", "refuse_beyond_context",
 ]  # fmt: skip
 
 
@@ -163,6 +163,11 @@ def digest(source: str | Path, chats: Iterable[Chat]) -> str:
     path = Path(source).expanduser()
     if path.is_file():
         return digest_of(path)
+    return digest_of_chats(chats)
+
+
+def digest_of_chats(chats: Iterable[Chat]) -> str:
+    """SHA-256 of what is said in chats, and by whom."""
     total = hashlib.sha256()
     for chat in chats:
         turns = [[turn.role, turn.content] for turn in chat.messages]

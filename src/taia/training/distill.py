@@ -35,7 +35,7 @@ from taia.generation import end_tokens, generate, longest_input
 from taia.load import load_model, require_chat_template
 from taia.receipt import digest_of
 from taia.sources import Form, Source, resolve
-from taia.training.data import Chat
+from taia.training.data import Chat, digest_of_chats
 from taia.training.ranks import is_first, on_first
 from taia.training.rewrites import KEPT, TEMPLATE, judge
 from taia.training.settings import Settings
@@ -61,6 +61,11 @@ class Distilled:
 
     chats: list[list[Chat]]
     facts: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on."""
+        return digest_of_chats(chat for of_source in self.chats for chat in of_source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,11 @@ def self_distill(
     tasks = _tasks(settings, read, tokenizer)
     path = on_first(lambda: _written(settings, source, tasks, tokenizer))
     stored, judged = _stored(path), Counter[str | None]()
+    if any(task.key not in stored for task in tasks):
+        raise OutputError(
+            f"{path}: has not all the rewrites that the first process wrote. All processes have to "
+            "see one folder: set TAIA_CACHE to a shared one"
+        )
     chats = [[*of_source] for of_source in read]
     for task in tasks:
         line = stored[task.key]

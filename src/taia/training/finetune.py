@@ -173,6 +173,7 @@ def finetune(
             resume=resume,
             fisher=name,
             validation=run.validation_id,
+            rewrites=run.rewrites_id,
         )
     )
     try:
@@ -193,6 +194,7 @@ class _Run:
     corpus: Corpus
     validation: Encoded | None
     validation_id: str | None
+    rewrites_id: str | None
 
     @property
     def steps(self) -> int:
@@ -210,7 +212,7 @@ def _prepare(settings: Settings) -> _Run:
     read = read_data(settings)
     tokenizer = load_tokenizer(source)
     corpus = make_corpus(settings, read, tokenizer)
-    validation = validation_id = None
+    validation = validation_id = rewrites_id = None
     if settings.validation is not None:
         held_out = read_chats(settings.validation)
         validation = encode_all(held_out, tokenizer, settings.max_length)
@@ -220,6 +222,7 @@ def _prepare(settings: Settings) -> _Run:
         done = distill.self_distill(settings, read, tokenizer)
         rewritten = make_corpus(settings, done.chats, tokenizer)
         corpus, distilled = replace(rewritten, digest=corpus.digest), done.facts
+        rewrites_id = done.digest
     config = load_config(source)
     refuse_beyond_context(corpus.examples, corpus.where, config)
     if validation is not None:
@@ -240,6 +243,7 @@ def _prepare(settings: Settings) -> _Run:
         corpus=corpus,
         validation=validation,
         validation_id=validation_id,
+        rewrites_id=rewrites_id,
     )
 
 

@@ -35,6 +35,7 @@ SETTINGS = "settings.json"
 DIGEST = "sha256 of the data"
 FISHER = "fisher information"
 VALIDATION = "sha256 of the validation data"
+REWRITES = "sha256 of the rewritten answers"
 
 COMPLETE = ("trainer_state.json", "scheduler.pt")
 """The Trainer writes the first of them last of all, and the optimizer, in a form that depends on
@@ -78,11 +79,13 @@ def start(
     resume: bool,
     fisher: str | None = None,
     validation: str | None = None,
+    rewrites: str | None = None,
 ) -> Path | None:
     """Make the folder ready; the checkpoint to go on from, if resuming and there is one.
 
-    `digest` is that of the data, `validation` that of the validation data, `fisher` names the
-    Fisher information by its content. Raises RecipeError when one was another before.
+    `digest` is that of the data, `validation` that of the validation data, `rewrites` that of the
+    answers that Self-Distill trains on, `fisher` names the Fisher information by its content.
+    Raises RecipeError when one was another before.
     """
     before = read_json(out / SETTINGS) if resume and (out / SETTINGS).is_file() else {}
     if before.get(DIGEST, digest) != digest:
@@ -95,11 +98,17 @@ def start(
             f"{settings.fisher_data} has changed since. Start anew in another folder or with "
             "--overwrite"
         )
+    if before.get(REWRITES, rewrites) != rewrites:
+        raise RecipeError(
+            f"{out}: was started with other rewrites; the answers were written again since, "
+            "or chosen otherwise. Start anew in another folder or with --overwrite"
+        )
     try:
         if not resume and out.exists():
             shutil.rmtree(out)  # empty, or the user asked for it: `check` saw to that
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        stored = asdict(settings) | {DIGEST: digest, FISHER: fisher, VALIDATION: validation}
+        own = {DIGEST: digest, FISHER: fisher, VALIDATION: validation, REWRITES: rewrites}
+        stored = asdict(settings) | own
         atomic_write(out / SETTINGS, json.dumps(stored, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
