@@ -76,6 +76,25 @@ def test_the_numbers_are_lm_evals(family, data):
     assert (len(lm.reader.windows) == 2) == (family == "gemma3_text")
 
 
+def test_keys_of_other_frequencies_are_not_lent():
+    """longrope turns all that is read together at other frequencies beyond its original length."""
+    from lm_eval.models.huggingface import HFLM
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "factor": 8.0}
+    model = build("llama", 0, vocab_size=300, head_dim=8, rope_parameters=rope,
+                  max_position_embeddings=256)  # fmt: skip
+    shared = [*range(40, 64)]
+    asked = [(("", ""), [*shared, *range(70, 70 + n)], [n, 7]) for n in (1, 2, 50, 60, 70)]
+    with quiet_lm_eval():
+        plain = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    right = plain._loglikelihood_tokens(asked, disable_tqdm=True)
+    ours = wrap(model, byte_tokenizer(), 1)
+    for some in (slice(None), slice(2)):  # with long ones, and short ones alone
+        values = [value for value, _ in ours._loglikelihood_tokens(asked[some])]
+        assert values == pytest.approx([value for value, _ in right[some]], abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2"])
 def test_the_texts_are_lm_evals(family):
     """One prompt at a time there, several side by side here; with and without stop strings."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from taia.evaluation import harness
 from taia.evaluation.cache import Cache, others, place
 from taia.evaluation.part import open_part
 from taia.evaluation.result import Example, read_results
+from taia.evaluation.variants import identity
+from taia.sources import Form, Source
 
 EXAMPLES = 24
 SLOW = (
@@ -218,3 +221,69 @@ def test_scopes_do_not_meet(tmp_path):
     )
     one.close()
     other.close()
+
+
+def test_a_lent_tokenizer_is_not_another_ones(inputs, tmp_path, monkeypatch):
+    """Two fine-tunes of a base without a template lend it tokenizers that read one text unlike."""
+    from chat_tools import byte_tokenizer
+
+    monkeypatch.setenv("TAIA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(inputs[0], tmp_path / "base")
+    byte_tokenizer(template=None).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    found = []
+    for name, words in (("one", []), ("two", ["??"])):
+        shutil.copytree(inputs[1], tmp_path / name)
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(words)
+        tokenizer.save_pretrained(tmp_path / name)
+        for cache in (True, False):
+            out = tmp_path / f"{name}-{cache}"
+            harness.evaluate(tmp_path / "base", out, tasks=["csqa"], data=inputs[2], cache=cache,
+                             adapter=tmp_path / name, variants=["base"], dtype="float32"
+                             )  # fmt: skip
+            made = examples_of(out)["base", "csqa"]
+            found.append([value for one in made for value in one.loglikelihoods])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[2] == pytest.approx(found[3], abs=1e-4)
+    assert found[0] != pytest.approx(found[2], abs=1e-3)
+
+
+def test_samples_are_not_kept():
+    from lm_eval.api.instance import Instance
+
+    from taia.evaluation.scoring import _is_sample
+
+    def asked(**arguments):
+        return Instance("generate_until", {}, ("p", {"until": ["a"], **arguments}), 0)
+
+    assert _is_sample(asked(do_sample=True))
+    assert _is_sample(asked(temperature=0.7))
+    assert not _is_sample(asked())
+    assert not _is_sample(asked(do_sample=False, temperature=0.7))
+    assert not _is_sample(Instance("loglikelihood", {}, ("p", "c"), 0))
+
+
+def test_what_was_begun_meanwhile_is_not_relabelled(inputs, whole, tmp_path):
+    """Both were prepared before either began: the second must not put its settings there."""
+    options = whole[0] | {"tasks": ["csqa"], "variants": ["base"]}
+    mine = harness.prepare(inputs[0], tmp_path / "run", **options)
+    other = harness.prepare(inputs[0], tmp_path / "run", **(options | {"dtype": "bfloat16"}))
+    harness.begin(mine)
+    with pytest.raises(EvaluationError, match="dtype"):
+        harness.begin(other)
+    harness.begin(mine)
+
+
+def test_a_small_tensor_of_a_large_file_changes_its_identity(tmp_path):
+    """A norm lies between the pieces that are read of 80 MB, wherever they are."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    weights = {f"{n:02}.wide": np.zeros(2**20, np.float32) for n in range(20)}
+    found = set()
+    for value in (0.0, 1.0):
+        weights["07.norm"] = np.full(64, value, np.float32)
+        save_file(weights, tmp_path / "model.safetensors")
+        found.add(identity(Source(str(tmp_path), Form.CHECKPOINT, tmp_path)))
+    assert len(found) == 2

@@ -10,6 +10,7 @@ from conftest import build
 
 from taia.errors import RecipeError, TaiaError
 from taia.generation import generate
+from taia.slots import steady_length
 
 WORDS = {"vocab_size": 260, "eos_token_id": 256, "bos_token_id": 257}
 FAMILIES = {
@@ -225,6 +226,19 @@ def test_what_slots_cannot_hold_is_left_to_transformers(models, tokenizer, model
             setattr(model.generation_config, name, value)
     assert [list(one.tokens) for one in written] == expected
     assert all(stop[0] not in one.text for one in cut)
+
+
+def test_texts_that_pass_a_change_of_frequencies_are_written_alone(tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "factor": 4.0}
+    model = build("llama", 0, **WORDS, head_dim=8, rope_parameters=rope,
+                  max_position_embeddings=128, pad_token_id=256)  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data *= 3
+    prompts = prompts_of(5, beginning=BEGINNING[:10])
+    assert steady_length(model) == 24
+    written = generate(model, tokenizer, prompts, max_new_tokens=12, slots=3)
+    assert [list(one.tokens) for one in written] == [alone(model, p, 12) for p in prompts]
 
 
 def test_a_text_ends_where_the_model_can_read_no_further(models, tokenizer):

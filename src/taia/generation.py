@@ -9,7 +9,8 @@ the first of them in the decoded text.
 Limits: greedy, or sampling at a temperature from the whole vocabulary; no beams. Models whose
 cache is of another kind than `taia.slots` handles, prompt-tuned ones, and those whose generation
 config asks for more than an end (a repetition penalty, suppressed tokens, ...) are left to
-transformers' own `generate`, batch by batch: the same texts, without the refilling.
+transformers' own `generate`, batch by batch: the same texts, without the refilling. So are texts
+that may pass the length at which longrope changes its frequencies, one by one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError, TaiaError
-from taia.slots import Slots, decoding, fits, parameters_of
+from taia.slots import Slots, decoding, fits, parameters_of, steady_length
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +86,11 @@ def generate(
         return []
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     waiting = deque(sorted(texts, key=lambda text: len(text.prompt), reverse=True))
-    write = _in_slots if _suits(model, inner) else _by_transformers
+    steady = max(len(text.prompt) + text.budget for text in texts) <= steady_length(inner)
+    write = _in_slots if steady and _suits(model, inner) else _by_transformers
+    count = slots if steady else 1  # side by side, a long text would change the short ones
     with _undisturbed(model), decoding(inner):
-        for text in write(model, inner, waiting, slots, temperature):
+        for text in write(model, inner, waiting, count, temperature):
             text.written = tokenizer.decode(text.tokens, skip_special_tokens=True)
             for one in filter(None, text.stop):
                 text.written = text.written.split(one)[0]

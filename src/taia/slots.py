@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["Slots", "decoding", "fits", "parameters_of"]
+__all__ = ["Slots", "decoding", "fits", "parameters_of", "steady_length"]
 
 BLOCK = 64
 """Columns that are set aside at once."""
@@ -132,6 +132,8 @@ def fits(model: PreTrainedModel) -> bool:
     if config.is_encoder_decoder or config._attn_implementation not in ("sdpa", "eager"):
         return False
     chunked = getattr(config, "attention_chunk_size", None) is not None
+    if getattr(config, "alibi", False):  # Falcon's counts columns, of which here are more
+        return False
     layers = DynamicCache(config=config).layers
     kinds = {type(layer) for layer in layers}
     return bool(layers) and not chunked and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -140,6 +142,22 @@ def fits(model: PreTrainedModel) -> bool:
 def parameters_of(model: PreTrainedModel) -> set[str]:
     """What the model's forward takes by name."""
     return set(inspect.signature(model.forward).parameters)
+
+
+def steady_length(model: PreTrainedModel) -> int:
+    """Tokens up to which a model turns keys at the same frequencies, whatever else it reads.
+
+    Beyond, longrope (Phi-3, MiniCPM) turns all that is read together at others, and keys that were
+    kept from before stay as they are.
+    """
+    config = model.config.get_text_config()
+    stated = getattr(config, "rope_parameters", None) or {}
+    lengths = [
+        one.get("original_max_position_embeddings", config.max_position_embeddings)
+        for one in (stated, *stated.values())
+        if isinstance(one, dict) and one.get("rope_type") == "longrope"
+    ]
+    return int(min(lengths, default=2**63))
 
 
 class _Layer:

@@ -10,8 +10,8 @@ Answers are told as they come (`on_answers`), so that they can be kept. Which qu
 a batch together depends on all that are asked, never on which are answered already, so a run
 that goes on rounds as one that was not interrupted.
 
-Limits: models that cannot read tries take lm-eval's own path, which repeats the prompt for every
-choice.
+Limits: models that cannot read tries, and longrope beyond its original length, take lm-eval's own
+path, which repeats the prompt for every choice.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.texts import Told, answer_texts, write_texts
 from taia.evaluation.tree_pass import Encoded, TreePass, tree_pass
 from taia.evaluation.trie import Trie, shared_prefixes
+from taia.slots import steady_length
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,11 @@ def one_pass() -> type[HFLM]:  # noqa: C901 (a class with short methods)
             """The model as a reader of tries, if it can be one."""
             return tree_pass(self.model) if self.backend == "causal" else None
 
+        @functools.cached_property
+        def steady(self) -> int:
+            """Tokens up to which what was read before may be lent to what follows."""
+            return steady_length(self.model)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
             return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -233,7 +239,8 @@ def one_pass() -> type[HFLM]:  # noqa: C901 (a class with short methods)
             self, requests: Sequence[Request], known: AbstractSet[int]
         ) -> Generator[dict[int, Answer]]:
             """The answers by index, batch by batch; batches of which all are known are left out."""
-            if self.reader is not None:
+            longest = max((len(prompt) + len(choice) for _, prompt, choice in requests), default=0)
+            if self.reader is not None and min(longest, self.max_length) <= self.steady:
                 yield from _read(self.reader, self._plan(requests), known)
                 return
             for batch in _repeated(requests, int(self.batch_size), known):

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from taia.errors import EvaluationError
 from taia.evaluation.cache import Cache, open_cache, others
 from taia.evaluation.catalogue import TaskSource
-from taia.evaluation.job import Job, check_options, prepare
+from taia.evaluation.job import Job, check_options, check_same, prepare
 from taia.evaluation.part import open_part, part_of
-from taia.evaluation.result import Variant, read_results
+from taia.evaluation.result import Variant, read_results, read_settings
 from taia.evaluation.summary import Summary, summarise
 from taia.evaluation.variants import VARIANTS, shared_tokenizer, variant_models
 from taia.files import atomic_write
@@ -104,10 +104,13 @@ def evaluate(
 def begin(job: Job) -> Job:
     """Write down what is asked; with `overwrite` clear what an earlier evaluation left.
 
-    What it returns is the job to compute cells of.
+    What it returns is the job to compute cells of. Raises EvaluationError when another evaluation
+    was begun there with other settings since the job was prepared.
     """
     if job.overwrite:
         shutil.rmtree(job.out / "results", ignore_errors=True)
+    elif (job.out / "settings.json").exists():
+        check_same(job, read_settings(job.out), resume=True)
     (job.out / "summary.json").unlink(missing_ok=True)
     atomic_write(job.out / "settings.json", job.asked.to_json())
     return replace(job, overwrite=False)
@@ -185,7 +188,7 @@ def _score(
         if on_progress:
             on_progress(Progress(variant.name, source.name, done, total))
 
-    with open_part(job.file(variant, source.name)) as part, _cache(job, variant) as cache:
+    with open_part(job.file(variant, source.name)) as part, _cache(job, variant, lm) as cache:
         examples = score(
             lm,
             source.name,
@@ -202,12 +205,13 @@ def _score(
 
 
 @contextlib.contextmanager
-def _cache(job: Job, variant: Variant) -> Iterator[Cache | None]:
+def _cache(job: Job, variant: Variant, lm: HFLM) -> Iterator[Cache | None]:
     """The answers of earlier runs of this variant; the base's are those of any fine-tune's."""
     if not job.cache:
         yield None
         return
     asked, own = job.asked, variant.selection != "none"
+    lent = job.change is not None and lm.tokenizer.name_or_path == str(job.change.path)
     scope = (
         asked.base_identity,
         asked.tuned_identity if own else None,
@@ -215,6 +219,7 @@ def _cache(job: Job, variant: Variant) -> Iterator[Cache | None]:
         variant.selection,
         asked.dtype,
         job.backend,
+        asked.tuned_identity if lent else None,  # its tokenizer reads the base's prompts
     )
     with open_cache(scope) as cache:
         yield cache

@@ -32,7 +32,7 @@ from taia.sources import Source, resolve
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["BACKENDS", "Job", "check_options", "prepare"]
+__all__ = ["BACKENDS", "Job", "check_options", "check_same", "prepare"]
 
 BACKENDS = ("hf", "vllm")
 """What computes: transformers in this process, or vLLM."""
@@ -135,7 +135,7 @@ def prepare(
     )
     job = Job(out, asked, found, base, change, overwrite, cache, backend)
     if earlier is not None:
-        _check_same(job, earlier, resume=resume)
+        check_same(job, earlier, resume=resume)
     return _with_tasks(job)
 
 
@@ -210,7 +210,7 @@ def _earlier(out: Path, *, overwrite: bool) -> Settings | None:
     return None
 
 
-def _check_same(job: Job, before: Settings, *, resume: bool) -> None:
+def check_same(job: Job, before: Settings, *, resume: bool) -> None:
     """Raise when the results in `out` were made with other settings, or are not to be used."""
     if not resume:
         raise OutputError(f"{job.out}: was evaluated before; use --overwrite to start over")

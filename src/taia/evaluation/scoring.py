@@ -122,7 +122,7 @@ class _Asked:
         finished = 0
 
         def take(
-            instances: Sequence[Instance], answers: Mapping[int, Any], keep: Cache | None = cache
+            instances: Sequence[Instance], answers: Mapping[int, Any], keep: Cache | None
         ) -> None:
             nonlocal finished
             finished += len(answers)
@@ -139,9 +139,10 @@ class _Asked:
                 take(instances, dict(enumerate(getattr(self.lm, kind)(instances))), None)
                 continue
             finished += len(self._known(instances))
-            if cache:
-                take(instances, self._found(cache, instances), None)
-            self._answer(kind, instances, functools.partial(take, instances))
+            stored = None if any(map(_is_sample, instances)) else cache
+            if stored:
+                take(instances, self._found(stored, instances), None)
+            self._answer(kind, instances, functools.partial(take, instances, keep=stored))
 
     def _answer(
         self,
@@ -236,6 +237,15 @@ class _Asked:
 
 def _key(cache: Cache, instance: Instance) -> bytes:
     return cache.key(instance.request_type, instance.args)
+
+
+def _is_sample(instance: Instance) -> bool:
+    """Whether its answer is drawn by chance: several of one request are not one answer."""
+    if instance.request_type != "generate_until":
+        return False
+    arguments = instance.args[1]
+    chance = float(arguments.get("temperature") or 0) > 0
+    return bool(arguments.get("do_sample", chance))
 
 
 def _answer(stored: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from taia.errors import EvaluationError
 from taia.evaluation.loracl import LORACL, choosing
 from taia.evaluation.result import Variant, variant_folder
+from taia.header import read_header
 from taia.load import load_model, load_tokenizer, materialise, require_chat_template
 from taia.selection import PRESETS, Selection
 from taia.sources import Form, Source, resolve
@@ -186,8 +187,8 @@ def checkpoint_of(
 def identity(source: Source) -> str:
     """A short hash that changes when the model's files do.
 
-    Of weights (anything beyond 64 MB) the size and pieces of the content are taken, of the
-    rest all of it; no times, so that a copy is the same model.
+    Of weights (anything beyond 64 MB) the size and pieces of the content and of each of its
+    tensors are taken, of the rest all of it; no times, so that a copy is the same model.
     """
     digest = hashlib.sha256()
     files = [source.path] if source.path.is_file() else sorted(source.path.iterdir())
@@ -199,13 +200,21 @@ def identity(source: Source) -> str:
 
 
 def _content(file: Path) -> str:
-    """The SHA-256 of a file; of a large one, of its size and of 64 pieces of 64 KB."""
+    """The SHA-256 of a file; of a large one, of its size and of pieces of 16 KB."""
     size = file.stat().st_size
     if size <= 64 * 2**20:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
-        for piece in range(64):
-            opened.seek(piece * (size - 2**16) // 63)
-            digest.update(opened.read(2**16))
+        for place in _pieces(file, size):
+            opened.seek(place)
+            digest.update(opened.read(2**14))
     return digest.hexdigest()
+
+
+def _pieces(file: Path, size: int) -> Iterator[int]:
+    """Where pieces begin: 256 over the file, and 4 over each tensor, or small ones were missed."""
+    yield from (piece * (size - 2**14) // 255 for piece in range(256))
+    if file.suffix == ".safetensors":
+        for tensor in read_header(file).values():
+            yield from (tensor.start + part * tensor.bytes // 4 for part in range(4))
