@@ -30,7 +30,7 @@ from taia.errors import EvaluationError
 __all__ = ["SCORING", "Cache", "open_cache", "others", "place"]
 
 SCORING = 2
-"""Raised with every change of the code that can change an answer."""
+"""Raised with every change of the code that can change an answer by more than rounding."""
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
 AT_ONCE = 500

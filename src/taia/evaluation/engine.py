@@ -47,6 +47,10 @@ TOKENS = {"cpu": 1024}
 """Tokens in a batch: on a processor more is no faster."""
 MANY_TOKENS = 16384
 """The same on anything else."""
+FILLED = 256
+"""Tokens from which on a batch is worth its pass: a much shorter question then begins another."""
+FULL = 0.8
+"""Much shorter: below this share of the longest one, the rest of its row being padding."""
 LOGITS = 2**27
 """Scores at once, places x vocabulary: 0.25 GiB in bfloat16."""
 SOFTMAX = 2**22
@@ -144,8 +148,10 @@ def _parts(
     scored = 0
     for question in sorted_questions:
         more = len(question.places)
+        read = len(part) * len(part[0].trie) if part else 0
         if part and (
             len(part) == questions
+            or (read >= FILLED and len(question.trie) < FULL * len(part[0].trie))
             or (len(part) + 1) * len(part[0].trie) > tokens
             or scored + more > places
         ):
