@@ -24,7 +24,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError, TaiaError
-from taia.slots import Slots, decoding, fits, parameters_of, steady_length
+from taia.slots import Slots, decoding, fits, parameters_of, steady_length, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def generate(
     _check(model, texts, slots, temperature)
     if not texts:
         return []
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     waiting = deque(sorted(texts, key=lambda text: len(text.prompt), reverse=True))
     steady = max(len(text.prompt) + text.budget for text in texts) <= steady_length(inner)
     write = _in_slots if steady and _suits(model, inner) else _by_transformers

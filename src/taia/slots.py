@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["Slots", "decoding", "fits", "parameters_of", "steady_length"]
+__all__ = ["Slots", "decoding", "fits", "parameters_of", "steady_length", "unwrapped"]
 
 BLOCK = 64
 """Columns that are set aside at once."""
@@ -137,6 +137,11 @@ def fits(model: PreTrainedModel) -> bool:
     layers = DynamicCache(config=config).layers
     kinds = {type(layer) for layer in layers}
     return bool(layers) and not chunked and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, out of PEFT's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def parameters_of(model: PreTrainedModel) -> set[str]:

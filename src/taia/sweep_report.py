@@ -5,13 +5,11 @@ The page is the template of a single run with other contents, so that both look 
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taia.errors import DependencyError
 from taia.files import atomic_write
-from taia.report_plots import label
+from taia.report import page_maker
 from taia.sweep_plots import (
     Entry,
     Table,
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     import rich.table
 
 __all__ = ["render_sweep_markdown", "render_sweep_terminal", "report_sweep"]
-
-TEMPLATES = ("report_template.html.jinja", "sweep_template.html.jinja")
 
 
 def report_sweep(folder: Path) -> Path:
@@ -71,22 +67,10 @@ def render_sweep_markdown(folder: Path) -> str:
 
 
 def _page(folder: Path) -> str:
-    try:
-        from jinja2 import DictLoader, Environment, StrictUndefined
-    except ImportError as error:
-        raise DependencyError(
-            "report.html needs jinja2; install it with `pip install 'taia[report]'`"
-        ) from error
-    files = resources.files("taia")
-    texts = {name: files.joinpath(name).read_text("utf-8") for name in TEMPLATES}
-    environment = Environment(
-        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["label"] = label
+    template = page_maker().get_template("sweep_template.html.jinja")
     scores = read_scores(folder)
     recipe = folder / "recipe.yaml"
-    return environment.get_template(TEMPLATES[1]).render(
+    return template.render(
         title=scores["title"] or f"What of the fine-tuning to keep: {scores['name']}",
         expected=scores["expected"] or "",
         outcome=outcome(scores),

@@ -16,7 +16,6 @@ model obeys masks and positions is not believed but tried on a few tokens (`tree
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taia.evaluation.trie import Trie
+from taia.slots import parameters_of, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -160,8 +160,7 @@ def _windows(model: PreTrainedModel) -> dict[str, int | None] | None:
     """The window of each kind of layer; None where a layer is neither full nor sliding."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    arguments = set(inspect.signature(inner.forward).parameters)
+    arguments = parameters_of(unwrapped(model))
     config = model.config.get_text_config(decoder=True)
     if (
         not {"position_ids", "past_key_values", "attention_mask"} <= arguments

@@ -70,7 +70,7 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor
     """Tensors (examples, longest), int64, padded on the right; padding has no label."""
     import torch
 
-    longest = max(len(example["input_ids"]) for example in examples)
+    longest = longest_row(examples)
 
     def rows(values: Sequence[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in values])

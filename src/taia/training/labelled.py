@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from taia.slots import unwrapped
 from taia.training.spans import IGNORED
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["at_labels", "can_choose_places", "keep_input_dtype"]
 
 def can_choose_places(model: nn.Module) -> bool:
     """Whether the model computes logits at chosen places and takes labels that are shifted."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     parameters = inspect.signature(inner.forward).parameters
     takes_more = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     return "logits_to_keep" in parameters and takes_more and _usual_loss(inner)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError
+from taia.slots import unwrapped
 from taia.training.data import Example
 from taia.training.penalties import without_adapter
 from taia.training.spans import IGNORED
@@ -112,7 +113,7 @@ def require_packing(model: PreTrainedModel) -> None:
     import torch
 
     name = model.config.model_type
-    if "position_ids" not in inspect.signature(type(_plain(model)).forward).parameters:
+    if "position_ids" not in inspect.signature(type(unwrapped(model)).forward).parameters:
         raise RecipeError(f"packing: {name} numbers positions by itself. {_WITHOUT}")
     seen: list[torch.Tensor] = []
 
@@ -138,11 +139,6 @@ def require_packing(model: PreTrainedModel) -> None:
 
 _PROBE = 4
 _WITHOUT = "Train it without packing: batches of like lengths have little padding too"
-
-
-def _plain(model: Any) -> Any:
-    """The model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:
