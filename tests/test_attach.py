@@ -46,6 +46,21 @@ def test_using_restores_after_an_exception_and_nests(adapters):
     assert torch.equal(logits(model), plain)
 
 
+def test_bfloat16_factors_are_no_further_from_float32_than_a_bfloat16_merge(adapters):
+    base, adapter = adapters("llama", "plain")
+    exact = load(base)
+    half, merged = load(base).bfloat16(), load(base).bfloat16()
+    live = taia.attach(half, adapter)
+    factors = {tensor.dtype for name, tensor in half.state_dict().items() if "lora_" in name}
+    assert factors == {torch.bfloat16}
+    merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    with taia.attach(exact, adapter).using("all"), live.using("all"):
+        right = logits(exact)
+        error = (logits(half).float() - right).pow(2).mean().sqrt()
+    assert error < 1.5 * (logits(merged).float() - right).pow(2).mean().sqrt()
+    live.close()
+
+
 def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):
     base, _ = pair("llama")
     adapter = save_adapter(

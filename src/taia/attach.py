@@ -10,7 +10,8 @@ PEFT puts the adapter's tensors beside the weights; a selection then sets a swit
 module (`switches.py`), which at strength 0 computes its base layer and nothing else. No
 weight is written and none is copied, except for biases that the adapter replaces: both of
 their states are kept. Outside of `using` the model is the base model; `close` gives it back
-its own modules.
+its own modules. On a model in bfloat16 the factors of LoRA are in bfloat16 too, as servers hold
+them: in float32, PEFT's choice, they take longer than the whole model does on a processor.
 
 Limits: whole tensors (`modules_to_save`, biases) are on or off. Blocks of `using` may nest,
 not interleave.
@@ -30,7 +31,7 @@ from taia.experts import Experts
 from taia.lora import LoraBias
 from taia.selection import Selection
 from taia.sources import Source
-from taia.switches import Switch, find_switches
+from taia.switches import Switch, find_switches, match_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,6 +200,7 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Switch], dict[str, 
                for name in switches if name not in switched]  # fmt: skip
     if faults:
         raise MismatchError(f"{adapter.text}: its configuration and weights disagree", faults)
+    match_dtype(model, NAME)
     return switches, wrappers
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from taia.stacked import NESTED
 
-__all__ = ["Switch", "find_switches"]
+__all__ = ["Switch", "find_switches", "match_dtype"]
 
 
 class Switch(Protocol):
@@ -55,6 +55,18 @@ class _Variant:
             module, active_adapter=active_adapter, x=x, result=result, **options
         )
         return full if self.strength == 1 else result + self.strength * (full - result)
+
+
+class _Added:
+    """Plain LoRA without PEFT's two temporaries of the size of the output."""
+
+    def forward(self, module: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
+        middle = module.lora_A[active_adapter](x)
+        b = module.lora_B[active_adapter].weight
+        result.view(-1, b.shape[0]).addmm_(
+            middle.view(-1, b.shape[1]), b.T, alpha=module.scaling[active_adapter]
+        )
+        return result
 
 
 @dataclass(slots=True)
@@ -126,6 +138,27 @@ def find_switches(model: Any, adapter: str) -> tuple[dict[str, Switch], dict[str
         if wrapper not in tied:
             switches[weight] = _rows(wrapper, adapter, tied)
     return switches, wrappers
+
+
+def match_dtype(model: Any, adapter: str) -> None:
+    """Put the factors of plain LoRA in bfloat16 where the weights that they change are.
+
+    bfloat16 alone: it has the range of float32, so that no small factor is lost. DoRA stays as
+    PEFT keeps it, because it computes norms.
+    """
+    import torch
+    from peft.tuners.lora import Linear, LoraLayer
+
+    empty = torch.empty(0)  # stacked experts have parameters of other names
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or adapter in layer.lora_variant:
+            continue
+        if getattr(layer.get_base_layer(), "weight", empty).dtype == torch.bfloat16:
+            for factors in (layer.lora_A, layer.lora_B):
+                if adapter in factors:
+                    factors[adapter].to(torch.bfloat16)
+            if type(layer) is Linear and layer.lora_B[adapter].bias is None:
+                layer.lora_variant[adapter] = _Added()
 
 
 def _rows(wrapper: Any, adapter: str, tied: list[Any]) -> _Rows:

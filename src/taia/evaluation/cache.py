@@ -29,7 +29,7 @@ from taia.errors import EvaluationError
 
 __all__ = ["SCORING", "Cache", "open_cache", "others", "place"]
 
-SCORING = 2
+SCORING = 3
 """Raised with every change of the code that can change an answer by more than rounding."""
 
 LIBRARIES = ("torch", "transformers", "lm_eval")
