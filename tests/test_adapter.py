@@ -154,6 +154,7 @@ def test_dora_is_kept_whole_or_not_at_all(pair, tmp_path):
     taia.verify(tmp_path / "half")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_and_saved_modules_are_decided_by_kind(pair, tmp_path, bias):
     base, _ = pair("qwen2")

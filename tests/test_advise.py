@@ -35,6 +35,7 @@ def quick(monkeypatch):
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", PLANTED)
 def test_what_is_planted_is_recommended(tmp_path, best):
     run = write_run(tmp_path, simulated(PLANTED[best], 1200))
@@ -100,6 +101,7 @@ def test_the_number_of_examples_needed_would_tell(quick):
     assert np.mean(told) > 0.5
 
 
+@pytest.mark.slow
 def test_a_leader_among_parts_needs_to_beat_only_base_and_vanilla():
     """Two names for the same answers cannot be told apart, and need not be."""
     answers = simulated(PLANTED["taia"], 1200)
@@ -127,6 +129,7 @@ def test_the_split_is_seeded_whole_and_a_tasks_own():
     assert not np.array_equal(parts["a"][0], split(sizes, 0.5, 1)["a"][0])
 
 
+@pytest.mark.slow
 def test_both_sides_of_the_split_are_shown_and_written(tmp_path):
     run = write_run(tmp_path, simulated(PLANTED["taia"], 400))
     advice = advise(run, development=0.25, seed=3)
@@ -139,6 +142,7 @@ def test_both_sides_of_the_split_are_shown_and_written(tmp_path):
     assert advise(run, development=0.25, seed=3) == advice
 
 
+@pytest.mark.slow
 def test_the_report_shows_advice_of_these_results_only(tmp_path):
     answers = simulated(PLANTED["taia"], 400)
     run = write_run(tmp_path, answers)
@@ -153,6 +157,7 @@ def test_the_report_shows_advice_of_these_results_only(tmp_path):
     assert 'id="advice"' not in report(run).read_text()
 
 
+@pytest.mark.slow
 def test_a_base_that_guesses_is_told(tmp_path):
     run = write_run(tmp_path, simulated(NOTHING, 100, accuracy=0.27))
     advice = advise(run)
@@ -162,6 +167,7 @@ def test_a_base_that_guesses_is_told(tmp_path):
     assert "guessing" not in free.paragraph
 
 
+@pytest.mark.slow
 def test_training_text_is_measured_where_it_can_be_read(tmp_path):
     asked = [{"id": str(n), "question": f"which mammal swims in water {n % 7}"} for n in range(90)]
     chats = [

@@ -162,6 +162,7 @@ def test_a_signal_leaves_nothing(pair, tmp_path, stop, place):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("transformers", "train")])
 def test_a_package_that_is_not_installed_is_named_with_its_extra(pair, tmp_path, package, extra):
     base, _ = pair("llama")

@@ -53,6 +53,7 @@ def answers(random, truth, discordance, examples):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("truth", "discordance", "examples"), [(0, 0.2, 300), (0.05, 0.1, 300), (-0.1, 0.3, 60)]
 )

@@ -179,6 +179,7 @@ def test_a_prompt_without_room_keeps_its_answer(settings, monkeypatch, tmp_path)
     assert done.facts["self_distill"]["kept"]["truncated"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_rewrites(base, data, tmp_path, monkeypatch, capsys):
     options = {"max_steps": 2, "batch_size": 2, "rank": 2, "dtype": "float32"}
     finetune(base, data, tmp_path / "own", self_distill=True, **options)

@@ -59,6 +59,7 @@ def theirs(model, name, task, limit=None, tokenizer=None):
     return found["samples"][name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_lm_evals(family, data):
     model = tiny(family)

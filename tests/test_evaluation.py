@@ -148,6 +148,7 @@ def test_variants_differ(run):
     assert len(answers) == len(VARIANTS)
 
 
+@pytest.mark.slow
 def test_a_variant_in_memory_scores_as_its_checkpoint(run, ask, models, adapter, tmp_path):
     from taia.splice import splice
 
@@ -160,6 +161,7 @@ def test_a_variant_in_memory_scores_as_its_checkpoint(run, ask, models, adapter,
         assert values(there, "vanilla") == pytest.approx(values(results, variant), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_tuned_checkpoint_is_spliced_for_its_variants(ask, models, tmp_path):
     from taia.splice import splice
 

@@ -93,6 +93,7 @@ def test_a_killed_run_goes_on(inputs, whole, tmp_path):
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_part_is_gone_on_with(inputs, whole, tmp_path, monkeypatch):
     """In one process: the second batch fails, the next call computes what is missing alone."""
     from taia.evaluation import engine
@@ -121,6 +122,7 @@ def test_a_part_is_gone_on_with(inputs, whole, tmp_path, monkeypatch):
     assert examples_of(tmp_path / "run") == examples_of(there)
 
 
+@pytest.mark.slow
 def test_a_line_of_another_prompt_is_computed_again(inputs, whole, tmp_path):
     options, there, summary = whole
     lines = (there / "results/taia/csqa.jsonl").read_text().splitlines()
@@ -137,6 +139,7 @@ def test_a_line_of_another_prompt_is_computed_again(inputs, whole, tmp_path):
     assert examples_of(tmp_path / "run") == examples_of(there)
 
 
+@pytest.mark.slow
 def test_cells_are_scored_in_any_order_and_once(inputs, whole, tmp_path):
     import pickle
 
@@ -161,6 +164,7 @@ def test_cells_are_scored_in_any_order_and_once(inputs, whole, tmp_path):
         harness.score_cell(sent, "vanilla", "csqa")
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_twice_between_runs(inputs, whole, tmp_path, monkeypatch):
     from taia.evaluation import engine, texts
 

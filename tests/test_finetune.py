@@ -105,6 +105,7 @@ def test_log_lines(straight):
     assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "molora"])
 def test_resume_gives_the_same_bits(method, base, data, tmp_path, straight):
     import torch
@@ -127,6 +128,7 @@ def test_resume_gives_the_same_bits(method, base, data, tmp_path, straight):
     assert steps_of(whole) == steps_of(result.out)
 
 
+@pytest.mark.slow
 def test_resume_with_other_data_is_refused(base, data, tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_bytes(data.read_bytes())
@@ -149,6 +151,7 @@ def test_resume_of_a_finished_run_returns_it(straight, base, data):
     assert (straight.out / "train.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_cut_off_checkpoint_is_passed_over(base, data, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(StopError):
@@ -197,6 +200,7 @@ PLACES = {
 """Selections, and what stands in the names of what they select."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", PLACES)
 @pytest.mark.parametrize("method", ["lora", "molora", "dora", "full"])
 def test_only_what_is_selected_changes(method, train, base, data, tmp_path):
@@ -306,6 +310,7 @@ def test_full_training_moves_only_what_is_selected(base, data, tmp_path):
     assert json.loads((out / "config.json").read_text())["use_cache"]
 
 
+@pytest.mark.slow
 def test_float32_and_small_parts_give_nearly_the_same(base, data, tmp_path):
     options = FAST | {"dropout": 0.0, "max_steps": 3, "dtype": "float32"}
     one = finetune(base, data, tmp_path / "1", **options)
@@ -319,6 +324,7 @@ def test_a_loss_that_is_no_number_stops_the_run(base, data, tmp_path):
     assert not (tmp_path / "o" / "train.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint(base, data, tmp_path):
     def press(line):
         if line["step"] == 2:

@@ -87,6 +87,7 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(models, tokenizer, mode
             assert [list(one.tokens) for one in written] == expected
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_a_text_and_refills_its_slot(models, tokenizer):
     model = models("llama")
     prompts = prompts_of(12, seed=1)
@@ -134,6 +135,7 @@ def test_samples_follow_the_softmax(models, tokenizer):
     assert ((counts / 2000 - chances).abs() <= 5 * spread + 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(1,), (2, 1), (3, 0)])
 def test_stop_strings_cut_as_in_lm_eval(models, tokenizer, lengths):
     from lm_eval.models.utils import postprocess_generated_text

@@ -59,6 +59,7 @@ CASES = [case for case in product(STACKED, ("split", "stacked"), ("split", "stac
          if case[1:] != ("split", "split")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "first", "second"), CASES)
 def test_stacked_and_split_experts_are_the_same_model(layouts, tmp_path, model_type, first, second):
     made = layouts(model_type)

@@ -117,6 +117,7 @@ def logged(out, names):
     return [[line[name] for name in names] for line in read_log(out / "log.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_packed_run_has_the_curve_of_a_padded_one(places, tmp_path):
     """With routers that pass over the filling, and KL, whose reference is packed as well."""
     options = SAME | {"method": "molora", "balance": 0.1, "penalty": {"kl": 0.5, "l2": 0.01}}
@@ -136,6 +137,7 @@ def test_a_packed_run_has_the_curve_of_a_padded_one(places, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_packed_run_resumes_bit_for_bit(places, tmp_path):
     from safetensors.torch import load_file
 

@@ -279,6 +279,7 @@ def data(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_logs_each_part_of_its_loss(case, data, tmp_path, monkeypatch):
     monkeypatch.setenv("TAIA_CACHE", str(tmp_path / "cache"))
@@ -304,6 +305,7 @@ def test_a_run_logs_each_part_of_its_loss(case, data, tmp_path, monkeypatch):
     assert record["settings"]["penalty"] == penalties
 
 
+@pytest.mark.slow
 def test_a_penalty_holds_the_fine_tune_back(base, data, tmp_path):
     sizes = []
     for strength in (0.0, 1.0):

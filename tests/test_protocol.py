@@ -56,6 +56,7 @@ def write(path, *records):
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs"), sorted(HUB))
 def test_prompts_are_those_of_lm_evals_own_tasks(tmp_path, ours, theirs):
     from datasets import Dataset
@@ -210,6 +211,7 @@ def test_tasks_of_lm_evals_are_found_by_name():
     assert "a group of lm-eval" in caught.value.faults[1]
 
 
+@pytest.mark.slow
 def test_the_papers_protocol_end_to_end(tmp_path):
     """Letters, numbers, spans and summaries on a tiny model; without a template it is refused."""
     base = tiny_chat_model(tmp_path / "base", "float32")

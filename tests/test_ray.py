@@ -128,6 +128,7 @@ def test_lost_workers_run_again_and_the_files_are_those_without_ray(
     assert times == {path: path.stat().st_mtime_ns for path in spread.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_parts_put_together_are_one_evaluation(
     bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_splice_of_two_models_of_the_hub(run, hub, root, tmp_path):
     done = run("plan", "org/base", "org/tuned", "--json", token="hf_secret")
     assert done.returncode == 0, done.stderr
@@ -151,6 +152,7 @@ def test_a_whole_file_must_have_the_digest_of_the_hub(run, hub, tmp_path):
     assert run("splice", "org/base", "org/tuned", "out", "--keep", "all").returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

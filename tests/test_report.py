@@ -297,6 +297,7 @@ def test_missing_parts_are_left_out(evaluation: Path) -> None:
     assert "Recipe" not in page
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_again(run: Path) -> None:
     first = report(run).read_bytes()
     assert report(run).read_bytes() == first

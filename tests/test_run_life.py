@@ -69,6 +69,7 @@ def loss_of(base, adapter, data):
     return total / tokens
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_on_the_validation_set_is_the_outcome(places, tmp_path):
     base, data, other = places
     options = FAST | {"dtype": "float32", "learning_rate": 5e-2, "max_steps": 12}
@@ -86,6 +87,7 @@ def test_the_best_checkpoint_on_the_validation_set_is_the_outcome(places, tmp_pa
     assert [line["loss"] for line in lines] == before[: result.steps]  # it changes no step
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_patience(places, tmp_path):
     base, data, other = places
     options = FAST | {"learning_rate": 5e-2, "max_steps": 10, "validation": other}

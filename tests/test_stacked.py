@@ -61,6 +61,7 @@ def stacked(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_stacked_experts_merge_slice_and_attach(stacked, tmp_path, model_type):
     base, adapter = stacked(model_type)

@@ -101,6 +101,7 @@ def test_holm_as_published():
     assert [p < 0.05 for p in holm(THROMBOLYSIS)] == [True] * 3 + [False] * 12
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=50)
 def test_holm_is_the_closed_test_of_bonferroni(values):
