@@ -94,6 +94,17 @@ def test_a_killed_run_goes_on(inputs, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_request_to_stop_is_no_fault_of_the_evaluation(inputs, whole, tmp_path):
+    base, adapter, data = inputs
+    out, code = tmp_path / "run", SLOW.replace("time.sleep(0.05)", "signal.raise_signal(15)")
+    listening = "import signal; from taia.stopping import listen; listen(); " + code
+    command = [sys.executable, "-c", listening, str(base), str(out), str(data), str(adapter)]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (stopped.returncode, "EvaluationError" in stopped.stderr) == (143, False)
+    assert harness.evaluate(base, out, **whole[0]) == whole[2]
+
+
+@pytest.mark.slow
 def test_a_part_is_gone_on_with(inputs, whole, tmp_path, monkeypatch):
     """In one process: the second batch fails, the next call computes what is missing alone."""
     from taia.evaluation import engine

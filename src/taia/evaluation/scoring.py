@@ -21,6 +21,7 @@ from taia.evaluation.examples import example, example_id
 from taia.evaluation.protocol import in_stages, request_options
 from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.result import Example
+from taia.stopping import refuse_stopped
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -67,6 +68,7 @@ def score(
         except MemoryError as error:
             raise EvaluationError(f"{name}: {OUT_OF_MEMORY}") from error
         except (RuntimeError, ValueError, AssertionError, LookupError, SystemExit) as error:
+            refuse_stopped()  # SIGTERM is a SystemExit too, and libraries wrap it
             hint = f". {OUT_OF_MEMORY}" if "memory" in str(error) else ""
             reason = f"lm-eval stopped with {type(error).__name__}: {error}{hint}"
             raise EvaluationError(f"{name}: {reason}") from error
