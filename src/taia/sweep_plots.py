@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from taia.evaluation.power import LEVEL
 from taia.report_plots import Axis, label, nice_axis, number
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Panel",
     "Table",
     "accuracy_table",
+    "comparisons",
     "detectable",
     "difference_table",
     "figure",
@@ -191,6 +193,16 @@ def task_table(scores: Mapping[str, Any]) -> Table:
     return Table((*_heads(scores), "task"), tuple(map(label, variants)), tuple(rows))
 
 
+def comparisons(scores: Mapping[str, Any]) -> int:
+    """How many comparisons the p values are corrected for."""
+    return sum(
+        one["variant"] == pair[0] and pair[1] in one["differences"]
+        for pair in _pairs(scores)
+        for cell in scores["cells"]
+        for one in cell["means"]
+    )
+
+
 def outcome(scores: Mapping[str, Any]) -> list[str]:
     """What came out, by the same rules whichever way it went."""
     cells = scores["cells"]
@@ -203,14 +215,11 @@ def outcome(scores: Mapping[str, Any]) -> list[str]:
             for row in cell["means"]
             if row["variant"] == one and other in row["differences"]
         ]
-        above = [row for row in found if row["mean"] > 0]
-        below = [row for row in found if row["mean"] < 0]
-        sure_above, sure_below = (sum(row["low"] > 0 for row in above),
-                                  sum(row["high"] < 0 for row in below))  # fmt: skip
+        above, below = ([row for row in found if sign * row["mean"] > 0] for sign in (1, -1))
+        sure_above, sure_below = (sum(map(_sure, rows)) for rows in (above, below))
         sentences.append(
             f"{label(one)} is above {label(other)} in {len(above)} of {total} cells "
-            f"({sure_above} with a 95% interval without zero) and below in {len(below)} "
-            f"({sure_below})."
+            f"({sure_above} with p < 5%) and below in {len(below)} ({sure_below})."
         )
     return sentences
 
@@ -329,9 +338,13 @@ def _accuracy(row: Mapping[str, Any] | None) -> Entry | None:
     return Entry(mean, f"{low} to {high}")
 
 
+def _sure(difference: Mapping[str, Any]) -> bool:
+    return bool(difference["p_holm"] < LEVEL)
+
+
 def _difference(row: Mapping[str, Any] | None) -> Entry | None:
     if row is None:
         return None
-    verdict = "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "open"
+    verdict = ("better" if row["mean"] > 0 else "worse") if _sure(row) else "open"
     mean, low, high = (number(100 * row[key], 1, signed=True) for key in ("mean", "low", "high"))
     return Entry(mean, f"{low} to {high}", verdict)

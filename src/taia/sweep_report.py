@@ -14,6 +14,7 @@ from taia.sweep_plots import (
     Entry,
     Table,
     accuracy_table,
+    comparisons,
     detectable,
     difference_table,
     figure,
@@ -61,8 +62,9 @@ def render_sweep_markdown(folder: Path) -> str:
     lines += _markdown(accuracy_table(scores))
     differences = difference_table(scores)
     if differences is not None:
-        told = "Paired differences in points, with their 95% intervals; bold where zero is excluded"
-        lines += ["", f"{told}:", "", *_markdown(differences), "", detectable(scores)]
+        told = "Paired differences in points, with their 95% intervals"
+        sure = f"bold: p < 5%, by Holm's method over {comparisons(scores)} comparisons"
+        lines += ["", f"{told}; {sure}:", "", *_markdown(differences), "", detectable(scores)]
     return "\n".join([*lines, "", *outcome(scores)]) + "\n"
 
 
@@ -79,6 +81,7 @@ def _page(folder: Path) -> str:
         figure=figure(scores),
         accuracies=accuracy_table(scores),
         differences=difference_table(scores),
+        comparisons=comparisons(scores),
         detectable=detectable(scores),
         tasks=task_table(scores),
         recipe=recipe.read_text("utf-8") if recipe.is_file() else "",

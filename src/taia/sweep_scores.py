@@ -6,7 +6,8 @@
     cells                     name, labels, protocol, examples; means and scores of each variant
 
 Accuracies are from 0 to 1 with 95% intervals; differences are paired by example and have the
-same form as in summary.json. All of it comes from the cells' result files, so it can be made
+same form as in summary.json, but `p_holm` is corrected for the means of all cells, which stand in
+one table. All of it comes from the cells' result files, so it can be made
 again anywhere.
 """
 
@@ -28,13 +29,15 @@ SCORES = "sweep.json"
 
 def write_scores(sweep: Sweep, folder: Path) -> Path:
     """Write RUN/sweep.json. Raises EvaluationError where a cell is not complete."""
+    cells = [_cell(cell, folder / "cells" / cell.name) for cell in sweep.cells]
+    _correct(cells)
     told = {
         "name": sweep.name,
         "title": sweep.report.title,
         "expected": sweep.report.expected,
         "axes": [_axis(axis) for axis in sweep.axes],
         "x": _along(sweep),
-        "cells": [_cell(cell, folder / "cells" / cell.name) for cell in sweep.cells],
+        "cells": cells,
     }
     path = folder / SCORES
     atomic_write(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -90,6 +93,22 @@ def _cell(cell: SweepCell, folder: Path) -> dict[str, Any]:
             for row in summary["scores"]
         ],
     }
+
+
+def _correct(cells: list[dict[str, Any]]) -> None:
+    """Holm's method over the differences of means of all cells; a pair counts once."""
+    from taia.evaluation.statistics import holm
+
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        for row in cell["means"]:
+            for other, difference in row["differences"].items():
+                pair = (cell["name"], *sorted((row["variant"], other)))
+                found.setdefault(pair, []).append(difference)
+    corrected = holm([same[0]["p"] for same in found.values()])
+    for p_holm, same in zip(corrected, found.values(), strict=True):
+        for difference in same:
+            difference["p_holm"] = p_holm
 
 
 def _score(row: Mapping[str, Any]) -> dict[str, float]:
