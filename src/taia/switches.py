@@ -58,15 +58,20 @@ class _Variant:
 
 
 class _Added:
-    """Plain LoRA without PEFT's two temporaries of the size of the output."""
+    """Plain LoRA in one pass over the output, in place of PEFT's three."""
 
     def forward(self, module: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
+        import torch
+
         middle = module.lora_A[active_adapter](x)
         b = module.lora_B[active_adapter].weight
-        result.view(-1, b.shape[0]).addmm_(
-            middle.view(-1, b.shape[1]), b.T, alpha=module.scaling[active_adapter]
+        rows = torch.addmm(
+            result.reshape(-1, b.shape[0]),
+            middle.reshape(-1, b.shape[1]),
+            b.T,
+            alpha=module.scaling[active_adapter],
         )
-        return result
+        return rows.reshape(result.shape)
 
 
 @dataclass(slots=True)
