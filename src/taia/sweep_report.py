@@ -14,7 +14,6 @@ from taia.sweep_plots import (
     Entry,
     Table,
     accuracy_table,
-    comparisons,
     detectable,
     difference_table,
     figure,
@@ -63,7 +62,7 @@ def render_sweep_markdown(folder: Path) -> str:
     differences = difference_table(scores)
     if differences is not None:
         told = "Paired differences in points, with their 95% intervals"
-        sure = f"bold: p < 5%, by Holm's method over {comparisons(scores)} comparisons"
+        sure = f"bold: p < 5%, by Holm's method over {scores['comparisons']} comparisons"
         lines += ["", f"{told}; {sure}:", "", *_markdown(differences), "", detectable(scores)]
     return "\n".join([*lines, "", *outcome(scores)]) + "\n"
 
@@ -81,7 +80,7 @@ def _page(folder: Path) -> str:
         figure=figure(scores),
         accuracies=accuracy_table(scores),
         differences=difference_table(scores),
-        comparisons=comparisons(scores),
+        comparisons=scores["comparisons"],
         detectable=detectable(scores),
         tasks=task_table(scores),
         recipe=recipe.read_text("utf-8") if recipe.is_file() else "",

@@ -2,6 +2,7 @@
 
     name, title, expected     what the recipe says of itself
     axes                      field, name, labels, numbers (null where a label is none)
+    comparisons               how many differences of means there are, a pair counted once
     x                         which axis the figure has along its horizontal axis
     cells                     name, labels, protocol, examples; means and scores of each variant
 
@@ -30,13 +31,14 @@ SCORES = "sweep.json"
 def write_scores(sweep: Sweep, folder: Path) -> Path:
     """Write RUN/sweep.json. Raises EvaluationError where a cell is not complete."""
     cells = [_cell(cell, folder / "cells" / cell.name) for cell in sweep.cells]
-    _correct(cells)
+    comparisons = _correct(cells)
     told = {
         "name": sweep.name,
         "title": sweep.report.title,
         "expected": sweep.report.expected,
         "axes": [_axis(axis) for axis in sweep.axes],
         "x": _along(sweep),
+        "comparisons": comparisons,
         "cells": cells,
     }
     path = folder / SCORES
@@ -53,6 +55,8 @@ def read_scores(folder: Path) -> dict[str, Any]:
         raise EvaluationError(f"{path}: cannot be read ({error}); run the recipe again") from error
     if not isinstance(scores, dict) or not isinstance(scores.get("cells"), list):
         raise EvaluationError(f"{path}: not the scores of a sweep; run the recipe again")
+    if not isinstance(scores.get("comparisons"), int):
+        raise EvaluationError(f"{path}: written by an older version; run the recipe again")
     return scores
 
 
@@ -95,8 +99,8 @@ def _cell(cell: SweepCell, folder: Path) -> dict[str, Any]:
     }
 
 
-def _correct(cells: list[dict[str, Any]]) -> None:
-    """Holm's method over the differences of means of all cells; a pair counts once."""
+def _correct(cells: list[dict[str, Any]]) -> int:
+    """Holm's method over the differences of means of all cells; a pair counts once. How many."""
     from taia.evaluation.statistics import holm
 
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -109,6 +113,7 @@ def _correct(cells: list[dict[str, Any]]) -> None:
     for p_holm, same in zip(corrected, found.values(), strict=True):
         for difference in same:
             difference["p_holm"] = p_holm
+    return len(found)
 
 
 def _score(row: Mapping[str, Any]) -> dict[str, float]:

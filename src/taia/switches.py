@@ -63,13 +63,16 @@ class _Added:
     def forward(self, module: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
         import torch
 
-        middle = module.lora_A[active_adapter](x)
+        scale = module.scaling[active_adapter]
+        middle = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         b = module.lora_B[active_adapter].weight
+        if result.dtype != b.dtype:  # a hook or a layer of another kind widened it
+            return result + module.lora_B[active_adapter](middle) * scale
         rows = torch.addmm(
             result.reshape(-1, b.shape[0]),
             middle.reshape(-1, b.shape[1]),
             b.T,
-            alpha=module.scaling[active_adapter],
+            alpha=scale,
         )
         return rows.reshape(result.shape)
 
@@ -158,10 +161,12 @@ def match_dtype(model: Any, adapter: str) -> None:
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or adapter in layer.lora_variant:
             continue
+        factors = [some[adapter] for some in (layer.lora_A, layer.lora_B) if adapter in some]
+        if any(hasattr(factor, "_hf_hook") for factor in factors):
+            continue  # accelerate keeps them elsewhere, in a dtype of its own
         if getattr(layer.get_base_layer(), "weight", empty).dtype == torch.bfloat16:
-            for factors in (layer.lora_A, layer.lora_B):
-                if adapter in factors:
-                    factors[adapter].to(torch.bfloat16)
+            for factor in factors:
+                factor.to(torch.bfloat16)
             if type(layer) is Linear and layer.lora_B[adapter].bias is None:
                 layer.lora_variant[adapter] = _Added()
 

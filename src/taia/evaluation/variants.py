@@ -25,7 +25,7 @@ from taia.sources import Form, Source, resolve
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "VARIANTS",
@@ -134,7 +134,6 @@ def variant_models(
         from taia.attach import attach
 
         live = attach(load(base), change.path)
-        _narrow(live.model)
         lm = wrap(live.model, tokenizer, batch_size)
         for variant in variants:
             if variant.selection == LORACL:
@@ -150,20 +149,6 @@ def variant_models(
         yield variant, wrap(model, tokenizer, batch_size)
         del model
         gc.collect()  # two models at once may not fit
-
-
-def _narrow(model: PreTrainedModel) -> None:
-    """LoRA factors in the model's dtype.
-
-    PEFT keeps them in float32, which on a processor costs half as much again as the model. What
-    they lose is less than what a bfloat16 checkpoint loses in a merge.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not module.lora_variant:
-            module.lora_A.to(model.dtype)
-            module.lora_B.to(model.dtype)
 
 
 @contextlib.contextmanager
