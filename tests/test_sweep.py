@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taia.errors import RecipeError
+from taia.errors import EvaluationError, RecipeError
 from taia.experiment import run, runs
 from taia.recipe import Need, load_recipe
 from taia.sweep import Sweep, load_sweep
@@ -265,6 +265,12 @@ def test_no_scores_of_an_earlier_run_outlive_one_that_was_cut_off(
         cut.setattr("taia.sweep_scores.write_scores", stopped)
         with pytest.raises(KeyboardInterrupt):
             runs.run(more, out)  # all cells are done, their scores are not told
+    runs.run(more, out)
+    assert len(read_scores(out)["cells"]) == 4
+
+    (out / "sweep.json").write_text('{"cells": []}')  # as an older version left it
+    with pytest.raises(EvaluationError, match="run the recipe again"):
+        read_scores(out)
     runs.run(more, out)
     assert len(read_scores(out)["cells"]) == 4
 

@@ -21,6 +21,7 @@ Without Ray this process carries out one cell after another; with it a cluster d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from taia.errors import RecipeError, TaiaError
+from taia.errors import EvaluationError, RecipeError, TaiaError
 from taia.experiment.cell import Cell, check_inputs, make_cell, training_options
 from taia.experiment.lock import (
     FOLDER_MEND,
@@ -226,10 +227,13 @@ def _forget_scores(folder: Path) -> None:
 
 
 def _report_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write sweep.json and report.html, where they are not there."""
+    """Write sweep.json and report.html, where they are not there or cannot be read."""
     from taia.sweep_report import report_sweep
-    from taia.sweep_scores import write_scores
+    from taia.sweep_scores import read_scores, write_scores
 
-    if not all((folder / name).is_file() for name in SCORED):
-        write_scores(sweep, folder)
-        report_sweep(folder)
+    with contextlib.suppress(EvaluationError):
+        read_scores(folder)
+        if all((folder / name).is_file() for name in SCORED):
+            return
+    write_scores(sweep, folder)
+    report_sweep(folder)
