@@ -105,6 +105,7 @@ def test_spans_by_the_rules_of_squad():
     assert grade_span(nothing, [""]) == {"f1": 0, "exact": 0, "parsed": 0}
 
 
+@pytest.mark.slow
 def test_summaries_are_shares():
     doc = {"summary": "Ice melted in the north."}
     assert grade_summary(doc, ["Ice melted in the north."])["rougeL"] == 1

@@ -264,6 +264,7 @@ def test_whatever_the_library_writes_is_read(tmp_path: Path, made) -> None:
     }
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 def test_broken_bytes_give_a_checkpoint_error_and_nothing_else(tmp_path: Path, data) -> None:

@@ -34,6 +34,7 @@ def test_a_run_does_not_differ_from_itself(run):
     assert found.notes == ()
 
 
+@pytest.mark.slow
 def test_variants_of_one_run_are_paired_as_its_own_table_pairs_them(run, answers):
     found = compare_runs(run, run, ["taia=base"])
     for row in found.rows[:2]:

@@ -56,6 +56,7 @@ def test_prompt_choices_and_metric(tmp_path, name):
         assert prompt.startswith("Passage: Ice melts.\nQuestion: Is ice cold?\nChoices:\n")
 
 
+@pytest.mark.slow
 def test_unknown_tasks_are_told_together_with_the_nearest(tmp_path):
     write(tmp_path / "quartz.jsonl", GOOD)
     with pytest.raises(EvaluationError) as caught:

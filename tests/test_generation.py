@@ -75,6 +75,7 @@ def ending(model, tokens: list[list[int]]) -> int:
     return next(token for row in tokens for token in row[3:9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_greedy_tokens_are_those_of_one_prompt_at_a_time(models, tokenizer, model_type):
     model, budgets = models(model_type), [30, 3, 17, 1, 25]

@@ -271,6 +271,7 @@ def test_the_plan_in_numbers(two):
     assert json.dumps(planned.to_json())
 
 
+@pytest.mark.slow
 def test_the_command_line_and_what_it_imports(two, tmp_path):
     base, tuned = map(str, two)
     taia_command = str(Path(sys.executable).with_name("taia"))

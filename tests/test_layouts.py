@@ -174,6 +174,7 @@ def moved(name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_moved_paths_of_a_multimodal_model(tmp_path):
     FAMILIES["gemma3"] = GEMMA
     for name, seed in (("base", 0), ("tuned", 1)):

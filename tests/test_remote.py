@@ -232,6 +232,7 @@ def test_a_broken_journal_is_not_trusted(server, root, tmp_path):
     assert not journal.exists()
 
 
+@pytest.mark.slow
 def test_whoever_reads_weights_gets_all_of_them(server, root):
     """A source that is resolved without more ado has no holes."""
     url = f"{server.url}/small-base"

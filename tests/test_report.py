@@ -327,6 +327,7 @@ def test_half_written_results_are_refused(evaluation: Path, damage: Any, words: 
     assert sorted(evaluation.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_summary_is_made_again_from_the_results(evaluation: Path) -> None:
     report(evaluation)
     assert json.loads((evaluation / "summary.json").read_text()) == summary_of(evaluation)
