@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError
-from taia.slots import unwrapped
+from taia.slots import parameters_of, unwrapped
 from taia.training.data import Example
 from taia.training.penalties import without_adapter
 from taia.training.spans import IGNORED
@@ -108,12 +108,10 @@ def require_packing(model: PreTrainedModel) -> None:
     Two examples in one row go through the model, and the second is differentiated by the
     embeddings of both: where a mask lies between them, the first gets zeros, bit for bit.
     """
-    import inspect
-
     import torch
 
     name = model.config.model_type
-    if "position_ids" not in inspect.signature(type(unwrapped(model)).forward).parameters:
+    if "position_ids" not in parameters_of(unwrapped(model)):
         raise RecipeError(f"packing: {name} numbers positions by itself. {_WITHOUT}")
     seen: list[torch.Tensor] = []
 
