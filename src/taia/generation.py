@@ -24,13 +24,31 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError, TaiaError
-from taia.slots import Slots, decoding, fits, parameters_of, steady_length, unwrapped
+from taia.slots import (
+    Slots,
+    decoding,
+    fits,
+    parameters_of,
+    rows_that_fit,
+    shortest_window,
+    steady_length,
+    unwrapped,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Generated", "end_tokens", "generate", "longest_input"]
+
+SIDE_BY_SIDE = 128
+"""Texts at once, at most, where nobody states how many."""
+
+PADDED = 32
+"""The same where transformers writes them, whose memory is not known before."""
+
+TOGETHER = 1024
+"""Tokens of prompts that are read at once, with padding."""
 
 SHORTEST_SHARED = 8
 """Tokens that all prompts must begin with before it is worth reading them once."""
@@ -65,7 +83,7 @@ def generate(
     *,
     max_new_tokens: int | Sequence[int],
     stop: Sequence[str] = (),
-    slots: int = 32,
+    slots: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_done: Callable[[int, Sequence[int], str], None] | None = None,
@@ -73,9 +91,10 @@ def generate(
     """What `model` writes after each prompt; as many as there are prompts, in their order.
 
     prompts: token ids; max_new_tokens: for all prompts, or one a prompt; slots: texts written
-    side by side; temperature 0 takes the likeliest token. A sample depends on `seed` and on the
-    prompt's place among the prompts, not on the slots. `on_done(index, tokens, text)` is called
-    as soon as a text is complete. The model, which may be a PEFT model, is left as it was.
+    side by side, None is as many as 2 GiB of keys and values hold, up to 128; temperature 0 takes
+    the likeliest token. A sample depends on `seed` and on the prompt's place among the prompts,
+    not on the slots. `on_done(index, tokens, text)` is called as soon as a text is complete. The
+    model, which may be a PEFT model, is left as it was.
 
     Raises RecipeError for arguments that make no sense or a prompt without room in the model,
     TaiaError when the model's logits are not numbers.
@@ -134,24 +153,29 @@ def _in_slots(
     model: PreTrainedModel,
     inner: PreTrainedModel,
     waiting: deque[_Text],
-    count: int,
+    count: int | None,
     temperature: float,
 ) -> Iterator[_Text]:
     """Write all texts; each is yielded once it is complete."""
-    slots, active = Slots(count), list[_Text]()
-    shared = _Shared(model, inner, list(waiting))
-    while waiting or active:
-        while waiting and len(active) < count:
-            group = _equally_long(waiting, count - len(active))
-            cache, logits = shared.read(group)
-            slots.append(cache, len(group[0].prompt))
-            active += group
-            yield from _advance(slots, active, logits, temperature, len(group))
-        if active:
+    shared, active = _Shared(model, inner, list(waiting)), list[_Text]()
+    most = count or min(SIDE_BY_SIDE, len(waiting))
+    longest = max(len(text.prompt) + text.budget for text in waiting)
+    group = [waiting.popleft()]
+    cache, logits = shared.read(group)
+    slots = Slots(most if count else min(most, rows_that_fit(cache, longest)))
+    while True:
+        slots.append(cache, [len(text.prompt) for text in group])
+        active += group
+        yield from _advance(slots, active, logits, temperature, len(group))
+        while active and not (waiting and len(active) < slots.rows):
             inputs = slots.inputs([text.tokens[-1] for text in active], inner.device)
             logits = model(**inputs).logits[:, -1]
             slots.advance()
             yield from _advance(slots, active, logits, temperature, len(active))
+        if not waiting:
+            return
+        group = shared.take(waiting, slots.rows - len(active))
+        cache, logits = shared.read(group)
 
 
 def _advance(
@@ -169,14 +193,6 @@ def _advance(
             yield text
 
 
-def _equally_long(waiting: deque[_Text], most: int) -> list[_Text]:
-    """The next texts whose prompts are of one length: they are read together, unpadded."""
-    group = [waiting.popleft()]
-    while waiting and len(group) < most and len(waiting[0].prompt) == len(group[0].prompt):
-        group.append(waiting.popleft())
-    return group
-
-
 class _Shared:
     """Reads prompts; what all of them begin with is read once."""
 
@@ -186,9 +202,7 @@ class _Shared:
         from transformers import DynamicCache
 
         self.model, self.inner = model, inner
-        self.options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in parameters_of(inner):
-            self.options |= {"logits_to_keep": 1}
+        self.slices = "logits_to_keep" in parameters_of(inner)
         lowest = min((text.prompt for text in texts), key=list)
         highest = max((text.prompt for text in texts), key=list)
         pairs = zip(lowest[:-1], highest[:-1], strict=False)
@@ -196,11 +210,26 @@ class _Shared:
         if len(texts) == 1 or self.length < SHORTEST_SHARED:
             self.length = 0
         self.cache = DynamicCache(config=inner.config)
+        self.window = shortest_window(self.cache)
         if self.length:
             self._forward([lowest[: self.length]], self.cache, 0)
 
+    def take(self, waiting: deque[_Text], most: int) -> list[_Text]:
+        """The next texts, longest first: as many as are worth reading together.
+
+        Those that a window cuts are of one length, because padding would push their tokens out.
+        """
+        group = [waiting.popleft()]
+        longest = len(group[0].prompt)
+        most = min(most, max(1, TOGETHER // (longest - self.length)))
+        while waiting and len(group) < most:
+            if longest > self.window and len(waiting[0].prompt) != longest:
+                break
+            group.append(waiting.popleft())
+        return group
+
     def read(self, texts: Sequence[_Text]) -> tuple[Cache, torch.Tensor]:
-        """Keys and values of equally long prompts, and the logits after each: (texts, words)."""
+        """Keys and values of prompts, padded behind; the logits after each: (texts, words)."""
         cache = copy.deepcopy(self.cache)
         if self.length:
             cache.batch_repeat_interleave(len(texts))
@@ -211,12 +240,17 @@ class _Shared:
         import torch
 
         device = self.inner.device
-        ids = torch.tensor([list(row) for row in tokens], device=device)
-        positions = torch.arange(first, first + ids.shape[1], device=device).expand_as(ids)
+        longest = max(map(len, tokens))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=device)
+        positions = torch.arange(first, first + longest, device=device).expand_as(ids)
+        last = torch.tensor([len(row) - 1 for row in tokens], device=device)
+        kept, place = last.unique(return_inverse=True)
+        options = {"logits_to_keep": kept} if self.slices else {}
         done = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, **self.options
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options
         )
-        logits: torch.Tensor = done.logits[:, -1]
+        rows = torch.arange(len(tokens), device=device)
+        logits: torch.Tensor = done.logits[rows, place if self.slices else last]
         return logits
 
 
@@ -246,7 +280,7 @@ def _by_transformers(
     model: PreTrainedModel,
     inner: PreTrainedModel,
     waiting: deque[_Text],
-    count: int,
+    count: int | None,
     temperature: float,
 ) -> Iterator[_Text]:
     """The same by transformers' own `generate`, in batches padded on the left."""
@@ -255,7 +289,7 @@ def _by_transformers(
     sampling: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    texts = list(waiting)
+    texts, count = list(waiting), count or PADDED
     with torch.random.fork_rng():
         torch.manual_seed(texts[0].seed)
         for batch in (texts[at : at + count] for at in range(0, len(texts), count)):
@@ -335,8 +369,10 @@ def longest_input(model: PreTrainedModel) -> int:
     return int(stated) if stated else 2**63
 
 
-def _check(model: PreTrainedModel, texts: Sequence[_Text], slots: int, temperature: float) -> None:
-    faults = [f"slots is {slots}: at least 1 is needed"] * (slots < 1)
+def _check(
+    model: PreTrainedModel, texts: Sequence[_Text], slots: int | None, temperature: float
+) -> None:
+    faults = [f"slots is {slots}: at least 1 is needed"] * (slots is not None and slots < 1)
     faults += [f"temperature is {temperature}: 0 or more is needed"] * (not temperature >= 0)
     for text in texts:
         if not len(text.prompt):

@@ -121,7 +121,7 @@ class Evaluate(_Part):
     limit: int | None = None
     protocol: str = "chat"
     shots: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
     dtype: str = "bfloat16"
     seed: int | None = None
 

@@ -24,10 +24,22 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["Slots", "decoding", "fits", "parameters_of", "steady_length", "unwrapped"]
+__all__ = [
+    "Slots",
+    "decoding",
+    "fits",
+    "parameters_of",
+    "rows_that_fit",
+    "shortest_window",
+    "steady_length",
+    "unwrapped",
+]
 
 BLOCK = 64
 """Columns that are set aside at once."""
+
+ROOM = 2 * 2**30
+"""Bytes of keys and values, where nobody states how many rows there may be."""
 
 ATTENTION = "taia_decoding"
 """The name under which transformers knows the attention of this file."""
@@ -38,29 +50,32 @@ class Slots:
 
     def __init__(self, rows: int) -> None:
         """Room for at most `rows` rows; columns are set aside when they are needed."""
+        self.rows = rows
         self.lengths: list[int] = []
         """Tokens of every row that are in the cache."""
-        self._rows = rows
         self._end = 0
         self._columns = 0
         self._layers: list[_Layer] = []
 
-    def append(self, cache: Cache, length: int) -> None:
-        """Take in the rows of `cache`, each of `length` tokens, after those that are there."""
+    def append(self, cache: Cache, lengths: Sequence[int]) -> None:
+        """Take in the rows of `cache` after those that are there.
+
+        `lengths`: tokens of each; what a row holds behind them is padding.
+        """
         from transformers.cache_utils import CacheLayerMixin
 
         parts = [(layer.keys, layer.values) for layer in cache.layers]
         if not self._layers:
             CacheLayerMixin.register(_Layer)
-            self._layers = [_Layer(self._rows, *part) for part in parts]
+            self._layers = [_Layer(self.rows, *part) for part in parts]
         if not self.lengths:
             self._end = 0
-        if max(self._end, length) >= self._columns or length > self._end:
-            self._make_room(max(self._end, length))
-        first, added = len(self.lengths), len(parts[0][0])
+        longest = max(lengths)
+        if max(self._end, longest) >= self._columns or longest > self._end:
+            self._make_room(max(self._end, longest))
         for layer, (keys, values) in zip(self._layers, parts, strict=True):
-            layer.put(first, self._end, keys, values)
-        self.lengths += [length] * added
+            layer.put(len(self.lengths), self._end, keys, values, lengths)
+        self.lengths += lengths
 
     def drop(self, row: int) -> None:
         """Forget a row. The last row takes its place."""
@@ -122,6 +137,19 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
+def rows_that_fit(cache: Cache, tokens: int) -> int:
+    """Rows of `tokens` tokens whose keys and values take `ROOM`; `cache`: those of some tokens."""
+    rows, columns = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return max(1, int(ROOM * rows * columns // (size * tokens)))
+
+
+def shortest_window(cache: Cache) -> int:
+    """Tokens that every layer of `cache` keeps, at least."""
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    return min((int(window) - 1 for window in windows if window), default=2**63)
+
+
 def fits(model: PreTrainedModel) -> bool:
     """Whether every layer of the model can keep its past in `Slots`."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -180,11 +208,19 @@ class _Layer:
         self.keys = keys.new_zeros(rows, keys.shape[1], 0, keys.shape[3])
         self.values = values.new_zeros(rows, values.shape[1], 0, values.shape[3])
 
-    def put(self, first: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write rows from `first` on, such that they end at column `end`."""
+    def put(
+        self,
+        first: int,
+        end: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: Sequence[int],
+    ) -> None:
+        """Write rows from `first` on, such that their tokens end at column `end`."""
         for mine, theirs in ((self.keys, keys), (self.values, values)):
-            rows, _, columns, _ = theirs.shape
-            mine[first : first + rows, :, end - columns : end] = theirs
+            for row, length in enumerate(lengths):
+                kept = theirs[row, :, :length]  # all of it where a window has cut the beginning
+                mine[first + row, :, end - kept.shape[1] : end] = kept
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another."""

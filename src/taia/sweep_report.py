@@ -1,4 +1,4 @@
-"""The report of a sweep: report.html, a terminal table and Markdown, all from sweep.json.
+"""The report of a sweep: report.html, its figure, a terminal table, Markdown; all from sweep.json.
 
 The page is the template of a single run with other contents, so that both look alike.
 """
@@ -25,7 +25,7 @@ from taia.sweep_scores import read_scores
 if TYPE_CHECKING:
     import rich.table
 
-__all__ = ["render_sweep_markdown", "render_sweep_terminal", "report_sweep"]
+__all__ = ["draw_sweep", "render_sweep_markdown", "render_sweep_terminal", "report_sweep"]
 
 
 def report_sweep(folder: Path) -> Path:
@@ -36,6 +36,16 @@ def report_sweep(folder: Path) -> Path:
     path = folder / "report.html"
     atomic_write(path, _page(folder))
     return path
+
+
+def draw_sweep(folder: Path, path: Path) -> None:
+    """Write the figure of a sweep to `path`, an SVG that stands alone.
+
+    Raises EvaluationError (no sweep.json), DependencyError (jinja2 is not installed).
+    """
+    scores = read_scores(folder)
+    template = page_maker().get_template("sweep_figure.svg.jinja")
+    atomic_write(path, template.render(what=_what(scores["cells"]), figure=figure(scores)))
 
 
 def render_sweep_terminal(folder: Path) -> rich.table.Table:

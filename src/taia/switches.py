@@ -76,6 +76,15 @@ class _Added:
         )
         return rows.reshape(result.shape)
 
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Any) -> Any:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Any) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Any) -> Any:
+        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
 
 @dataclass(slots=True)
 class _Ia3:

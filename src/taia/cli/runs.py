@@ -220,7 +220,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="the first so many examples a task")
     add("--protocol", default="chat", help="chat (default), plain or paper")
     add("--shots", type=int, default=0, help="few-shot examples before each question (default: 0)")
-    add("--batch-size", type=int, default=32, help="questions or texts at once (default: 32)")
+    add("--batch-size", type=int, help="questions or texts at once; as many as fit without it")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     add("--backend", default="hf", help="hf (transformers, default) or vllm")
     add("--no-cache", action="store_true", help="compute all scores, and keep none for later runs")
@@ -279,6 +279,9 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--markdown", action="store_true", help="print Markdown, with the paired differences"
     )
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="write the figure of a sweep as SVG, too"
+    )
     add_json(parser)
 
 
@@ -286,6 +289,9 @@ def report(options: argparse.Namespace) -> None:
     """Print the table of a run and write its report.html."""
     from taia.report_training import is_training, report_training
 
+    if options.figure and not is_sweep(options.folder):
+        raise RecipeError(f"{options.folder}: not a sweep, and only a sweep has a figure of its "
+                          "own; without --figure the page of the run is written")  # fmt: skip
     if is_training(options.folder):
         if options.markdown or options.as_json:
             raise RecipeError(f"{options.folder}: a training alone has no table of scores; "
@@ -293,6 +299,10 @@ def report(options: argparse.Namespace) -> None:
         print(f"report: {report_training(options.folder)}")
         return
     page = _write_report(options.folder)
+    if options.figure:
+        from taia.sweep_report import draw_sweep
+
+        draw_sweep(options.folder, options.figure)
     if options.markdown and is_sweep(options.folder):
         from taia.sweep_report import render_sweep_markdown
 

@@ -43,6 +43,8 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
 """lm-eval's: log-likelihood of the choice, and whether greedy decoding would give it."""
 
+QUESTIONS = 32
+"""Questions in a batch, where nobody states how many."""
 TOKENS = {"cpu": 1024}
 """Tokens in a batch: on a processor more is no faster."""
 MANY_TOKENS = 16384
@@ -89,18 +91,22 @@ class Batch:
 def wrap(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
+    batch_size: int | None = None,
     change: Callable[[type[HFLM]], type[HFLM]] = lambda usual: usual,
 ) -> HFLM:
     """lm-eval's view of a model in memory; no weight is copied.
 
-    `batch_size`: questions in a batch, at most. The model may change under it (attach).
+    `batch_size`: questions in a batch and texts at once, at most; None is 32 questions, and as
+    many texts as `taia.generation` thinks fit. The model may change under it (attach).
     `change` makes another class of the usual one.
     """
     with quiet_lm_eval():
-        return change(one_pass())(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
-        )
+        lm = change(one_pass())(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size or QUESTIONS,
+            softmax_dtype="float32",
+        )  # fmt: skip
+    lm.slots = batch_size
+    return lm
 
 
 def plan(
@@ -215,6 +221,7 @@ def one_pass() -> type[HFLM]:  # noqa: C901 (a class with short methods)
 
         on_answers: Callable[[Mapping[int, Any]], None] | None = None
         known: AbstractSet[int] = frozenset()
+        slots: int | None = None
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)

@@ -67,7 +67,7 @@ def evaluate(
     limit: int | None = None,
     protocol: str = "chat",
     shots: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     dtype: str = "bfloat16",
     seed: int = 0,
     overwrite: bool = False,
@@ -83,9 +83,10 @@ def evaluate(
     `variants`: presets, selections, or NAME=SELECTION; without a fine-tune only the base.
     `data`: a folder of JSON Lines, None is the hub. `limit`: the first so many records of every
     task. `shots`: few-shot examples before each question. `batch_size`: questions or texts at
-    once, at most. `overwrite` starts over; `resume` keeps what the same settings made. `cache`:
-    take and keep answers in $TAIA_CACHE/scores. `backend`: hf, or vllm. `on_note` is told what is
-    worth knowing and no fault.
+    once, at most; None is 32 questions, and as many texts as `taia.generation.generate` thinks fit.
+    `overwrite` starts over; `resume` keeps what the same settings made. `cache`: take and keep
+    answers in $TAIA_CACHE/scores. `backend`: hf, or vllm. `on_note` is told what is worth knowing
+    and no fault.
     Raises a TaiaError; what was complete by then stays.
     """
     job = prepare(

@@ -94,7 +94,7 @@ def prepare(
     limit: int | None = None,
     protocol: str = "chat",
     shots: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     dtype: str = "bfloat16",
     seed: int = 0,
     overwrite: bool = False,
@@ -160,7 +160,7 @@ def _task_info(job: Job, source: TaskSource) -> TaskInfo:
 def check_options(
     protocol: str,
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     dtype: str,
     adapter: str | Path | None,
     tuned: str | Path | None,
@@ -179,7 +179,7 @@ def check_options(
                       "without it leave the backend out")  # fmt: skip
     if limit is not None and limit < 1:
         faults.append(f"limit {limit}: at least 1 example, or leave it out for all")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         faults.append(f"batch size {batch_size}: at least 1")
     if adapter is not None and tuned is not None:
         faults.append("adapter and tuned: give one of them, the form in which the tuning is stored")

@@ -123,7 +123,7 @@ class Settings:
     limit: int | None
     seed: int
     dtype: str
-    batch_size: int
+    batch_size: int | None
     data: str | None
     tasks: dict[str, TaskInfo]
     variants: tuple[Variant, ...]

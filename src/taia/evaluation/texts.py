@@ -24,8 +24,8 @@ __all__ = ["Told", "answer_texts", "write_texts"]
 PLAIN = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature"}
 """The arguments of a request that is written here."""
 
-ROUNDS = 4
-"""How often the slots are filled in a batch of requests with two stages."""
+STAGED = 4
+"""Requests with two stages that are asked together, as a multiple of the batch size."""
 
 Told = Callable[[int, str], None]
 """Given the place of a request and its text."""
@@ -47,7 +47,7 @@ def answer_texts(lm: Any, requests: Sequence[Instance]) -> list[str | None]:
     lm.write([requests[index] for index in asked], lambda place, text: take(asked[place], text))
     staged = [i for i, one in enumerate(requests) if LEAD_IN in one.args[1]]
     staged.sort(key=lambda index: -len(requests[index].args[0]))
-    size = ROUNDS * int(lm.batch_size)
+    size = STAGED * int(lm.batch_size)
     for batch in (staged[at : at + size] for at in range(0, len(staged), size)):
         if set(batch) <= lm.known:
             continue
@@ -110,5 +110,5 @@ def _write(
         prompts.append(ids[0].tolist())
     generate(
         lm.model, lm.tokenizer, prompts, max_new_tokens=longest, stop=until,
-        slots=int(lm.batch_size), on_done=lambda place, _, text: take(group[place], text),
+        slots=lm.slots, on_done=lambda place, _, text: take(group[place], text),
     )  # fmt: skip

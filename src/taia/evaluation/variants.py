@@ -124,7 +124,7 @@ def variant_models(
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str,
-    batch_size: int,
+    batch_size: int | None,
 ) -> Iterator[tuple[Variant, HFLM]]:
     """Each variant with a model that is that variant until the next is asked for."""
     from taia.evaluation.engine import wrap
