@@ -56,13 +56,16 @@ def test_examples_are_paired_by_id_not_by_place(tmp_path, run, answers):
 def test_what_else_differs_is_told(tmp_path, run, answers):
     other = write_run(
         tmp_path / "two", {"other": answers["taia"], "base": answers["base"]},
-        prompts="x", base="another/base", tuned=None, protocol="plain", shots=2,
+        prompts="x", base="another/base", base_identity="b2",
+        tuned=None, tuned_identity=None, protocol="plain", shots=2,
     )  # fmt: skip
     told = " ".join(compare_runs(run, other).notes)
     assert "some/base and another/base" in told
     assert "train and none" in told
     assert "chat with 0 shots and plain with 2 shots" in told
     assert "240 of 240 prompts" in told
+    moved = write_run(tmp_path / "three", answers, tuned="elsewhere")
+    assert compare_runs(run, moved).notes == ()
 
 
 def test_one_variant_each_is_compared_whatever_its_name(tmp_path, answers):

@@ -38,13 +38,15 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two runs: its folder, its models, how it was asked."""
+    """One of the two runs: its folder, its models and their content, how it was asked."""
 
     run: str
     base: str
     tuned: str | None
     protocol: str
     shots: int
+    base_identity: str
+    tuned_identity: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,16 +243,19 @@ def _compare(
 
 def _side(results: Results) -> Side:
     told = results.settings
-    return Side(str(results.folder), told.base, told.tuned, told.protocol, told.shots)
+    return Side(
+        str(results.folder), told.base, told.tuned, told.protocol, told.shots,
+        told.base_identity, told.tuned_identity,
+    )  # fmt: skip
 
 
 def _notes(sides: tuple[Side, Side], aligned: Aligned) -> list[str]:
     """What differs between the runs beside the answers."""
     one, other = sides
     notes = []
-    if one.base != other.base:
+    if one.base_identity != other.base_identity:
         notes.append(f"different base models: {one.base} and {other.base}")
-    if one.tuned != other.tuned:
+    if one.tuned_identity != other.tuned_identity:
         notes.append(f"different fine-tunes: {one.tuned or 'none'} and {other.tuned or 'none'}")
     asked = [f"{side.protocol} with {side.shots} shots" for side in sides]
     if asked[0] != asked[1]:
