@@ -76,10 +76,30 @@ def test_a_bfloat16_layer_merges_as_peft_merges(adapters, safe):
                     layer.merge(safe_merge=safe)
         assert torch.equal(logits(model), logits(peft))
         assert not torch.equal(logits(model), before)
+        with pytest.raises(taia.TaiaError, match="unmerge them first"):
+            live.close()
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.unmerge()
     assert (logits(model) - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_dora_merges_whole_or_not_at_all(pair, tmp_path):
+    base, _ = pair("llama")
+    adapter = save_adapter(base, tmp_path / "a", target_modules=["q_proj"], r=4, use_dora=True)
+    model = load(base)
+    live = taia.attach(model, adapter)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with live.using("all*0.5"), pytest.raises(taia.TaiaError, match=r"at strength 0\.5"):
+        layers[0].merge()
+    with live.using("all"):
+        tuned = logits(model)
+        for layer in layers:
+            layer.merge()
+        assert close(logits(model), tuned)
+        for layer in layers:
+            layer.unmerge()
+    assert close(logits(model), logits(load(base)))
 
 
 def test_a_wrapped_module_of_several_kinds_is_not_kept_by_half(pair, tmp_path):

@@ -66,6 +66,10 @@ def test_what_else_differs_is_told(tmp_path, run, answers):
     assert "240 of 240 prompts" in told
     moved = write_run(tmp_path / "three", answers, tuned="elsewhere")
     assert compare_runs(run, moved).notes == ()
+    again = write_run(tmp_path / "four", answers, tuned_identity="other")
+    assert compare_runs(run, again).notes == (
+        "different fine-tunes: train in both, with other files",
+    )
 
 
 def test_one_variant_each_is_compared_whatever_its_name(tmp_path, answers):

@@ -137,7 +137,6 @@ def test_the_numbers_are_lm_evals_on_a_real_model(shared_data):
         samples = theirs(model, source.name, task, limit=2, tokenizer=tokenizer)
         for one, other in zip(ours, samples, strict=True):
             values = [value for value, _ in other["filtered_resps"]]
-            # a whole ending sums some 25 words, and float32 keeps seven digits of the sum
             assert one.loglikelihoods == pytest.approx(values, abs=1e-4)
             assert one.correct == other[one.metric]
     assert lm.reader is not None

@@ -88,8 +88,9 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(models, tokenizer, mode
             assert [list(one.tokens) for one in written] == expected
 
 
-def test_without_a_number_of_slots_keys_and_values_decide(models, tokenizer, monkeypatch):
-    model, seen = models("llama"), []
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_without_a_number_of_slots_memory_decides(models, tokenizer, monkeypatch, model_type):
+    model, seen = models(model_type), []
     step = Slots.inputs
 
     def watched(slots, *arguments):
@@ -103,6 +104,7 @@ def test_without_a_number_of_slots_keys_and_values_decide(models, tokenizer, mon
     config = model.config
     token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     monkeypatch.setattr("taia.slots.ROOM", 2 * token * (20 + 12) + token)
+    monkeypatch.setattr("taia.generation.FEWEST", 1)
     seen.clear()
     assert generate(model, tokenizer, prompts, max_new_tokens=12) == texts
     assert max(seen) == 2

@@ -237,6 +237,8 @@ def test_the_figure_stands_alone_as_svg(tmp_path: Path) -> None:
     root = ElementTree.parse(tmp_path / "figure.svg").getroot()
     legend, dots = 3, 6 * 3
     assert len(root.findall(".//{*}circle")) == legend + dots
+    places = [group.get("transform") for group in root.findall("{*}g")]
+    assert len(places) == len(set(places)) == legend + 2
     texts = [text.text for text in root.findall(".//{*}text")]
     assert {"Base", "Vanilla", "TAIA", "data a&b", "data c", "0.5", "replace"} <= set(texts)
     assert "href" not in (tmp_path / "figure.svg").read_text("utf-8")

@@ -32,7 +32,7 @@ from taia.experts import Experts
 from taia.lora import LoraBias
 from taia.selection import Selection
 from taia.sources import Source
-from taia.switches import Switch, find_switches, match_dtype
+from taia.switches import Switch, find_switches, is_merged, match_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,6 +118,12 @@ class Live:
         self._closed = True
 
     def _apply(self, strengths: dict[str, float]) -> None:
+        merged = [w for w, switch in self._switches.items() if is_merged(switch)]
+        if merged:
+            raise TaiaError(
+                f"{self._adapter.text}: merged into the weights of {len(merged)} modules "
+                f"({merged[0]}, ...), which can then not be switched; unmerge them first"
+            )
         # PEFT's public switches also move requires_grad, so its flags are set directly
         for weight, switch in self._switches.items():
             switch.set(strengths[weight])

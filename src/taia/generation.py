@@ -1,10 +1,10 @@
 """Text from a model for many prompts at once, each as if it were alone.
 
-A fixed number of slots is written to side by side. A text that is finished leaves its slot to
-the next prompt, so that no step is spent on padding or on texts that are done; what all
-prompts begin with is read once. The tokens are those of transformers' `generate`, one prompt
-at a time, up to the rounding of batched arithmetic. Stop strings cut as lm-eval cuts: before
-the first of them in the decoded text.
+A number of slots is written to side by side. A text that is finished leaves its slot to the
+next prompt, so that no step is spent on texts that are done; prompts are read several at once,
+and what all of them begin with is read once. The tokens are those of transformers' `generate`,
+one prompt at a time, up to the rounding of batched arithmetic. Stop strings cut as lm-eval cuts:
+before the first of them in the decoded text.
 
 Limits: greedy, or sampling at a temperature from the whole vocabulary; no beams. Models whose
 cache is of another kind than `taia.slots` handles, prompt-tuned ones, and those whose generation
@@ -41,14 +41,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Generated", "end_tokens", "generate", "longest_input"]
 
-SIDE_BY_SIDE = 128
-"""Texts at once, at most, where nobody states how many."""
+FEWEST, MOST = 32, 128
+"""Texts at once, where nobody states how many: more than the first only if memory allows."""
 
-PADDED = 32
-"""The same where transformers writes them, whose memory is not known before."""
-
-TOGETHER = 1024
-"""Tokens of prompts that are read at once, with padding."""
+TOGETHER = {"cpu": 1024}
+"""Tokens of prompts that are read at once, with padding: on a processor more is no faster."""
+MANY_TOGETHER = 16384
+"""The same on anything else."""
 
 SHORTEST_SHARED = 8
 """Tokens that all prompts must begin with before it is worth reading them once."""
@@ -91,10 +90,11 @@ def generate(
     """What `model` writes after each prompt; as many as there are prompts, in their order.
 
     prompts: token ids; max_new_tokens: for all prompts, or one a prompt; slots: texts written
-    side by side, None is as many as 2 GiB of keys and values hold, up to 128; temperature 0 takes
-    the likeliest token. A sample depends on `seed` and on the prompt's place among the prompts,
-    not on the slots. `on_done(index, tokens, text)` is called as soon as a text is complete. The
-    model, which may be a PEFT model, is left as it was.
+    side by side, None is 32, and up to 128 where memory allows (`taia.slots.rows_that_fit`) and
+    the model can be written to in slots; temperature 0 takes the likeliest token. A sample depends
+    on `seed` and on the prompt's place among the prompts, not on the slots.
+    `on_done(index, tokens, text)` is called as soon as a text is complete. The model, which may be
+    a PEFT model, is left as it was.
 
     Raises RecipeError for arguments that make no sense or a prompt without room in the model,
     TaiaError when the model's logits are not numbers.
@@ -158,13 +158,15 @@ def _in_slots(
 ) -> Iterator[_Text]:
     """Write all texts; each is yielded once it is complete."""
     shared, active = _Shared(model, inner, list(waiting)), list[_Text]()
-    most = count or min(SIDE_BY_SIDE, len(waiting))
-    longest = max(len(text.prompt) + text.budget for text in waiting)
+    most, longest = len(waiting), max(len(text.prompt) + text.budget for text in waiting)
     group = [waiting.popleft()]
     cache, logits = shared.read(group)
-    slots = Slots(most if count else min(most, rows_that_fit(cache, longest)))
+    if count is None:
+        count = max(FEWEST, min(MOST, rows_that_fit(cache, longest)))
+    slots = Slots(min(count, most))
     while True:
         slots.append(cache, [len(text.prompt) for text in group])
+        del cache  # it can be as large as the rows themselves
         active += group
         yield from _advance(slots, active, logits, temperature, len(group))
         while active and not (waiting and len(active) < slots.rows):
@@ -174,7 +176,8 @@ def _in_slots(
             yield from _advance(slots, active, logits, temperature, len(active))
         if not waiting:
             return
-        group = shared.take(waiting, slots.rows - len(active))
+        # a quarter at once: what they share is repeated for each
+        group = shared.take(waiting, min(slots.rows - len(active), -(-slots.rows // 4)))
         cache, logits = shared.read(group)
 
 
@@ -203,6 +206,7 @@ class _Shared:
 
         self.model, self.inner = model, inner
         self.slices = "logits_to_keep" in parameters_of(inner)
+        self.tokens = TOGETHER.get(inner.device.type, MANY_TOGETHER)
         lowest = min((text.prompt for text in texts), key=list)
         highest = max((text.prompt for text in texts), key=list)
         pairs = zip(lowest[:-1], highest[:-1], strict=False)
@@ -210,18 +214,20 @@ class _Shared:
         if len(texts) == 1 or self.length < SHORTEST_SHARED:
             self.length = 0
         self.cache = DynamicCache(config=inner.config)
-        self.window = shortest_window(self.cache)
+        split = len(set(getattr(inner, "hf_device_map", {}).values())) > 1
+        self.window = 0 if split else shortest_window(self.cache)
         if self.length:
             self._forward([lowest[: self.length]], self.cache, 0)
 
     def take(self, waiting: deque[_Text], most: int) -> list[_Text]:
         """The next texts, longest first: as many as are worth reading together.
 
-        Those that a window cuts are of one length, because padding would push their tokens out.
+        Those that a window cuts are of one length, because padding would push their tokens out;
+        all are in a model on several devices, where places cannot be stated for each.
         """
         group = [waiting.popleft()]
         longest = len(group[0].prompt)
-        most = min(most, max(1, TOGETHER // (longest - self.length)))
+        most = min(most, max(1, self.tokens // (longest - self.length)))
         while waiting and len(group) < most:
             if longest > self.window and len(waiting[0].prompt) != longest:
                 break
@@ -244,14 +250,15 @@ class _Shared:
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=device)
         positions = torch.arange(first, first + longest, device=device).expand_as(ids)
         last = torch.tensor([len(row) - 1 for row in tokens], device=device)
-        kept, place = last.unique(return_inverse=True)
-        options = {"logits_to_keep": kept} if self.slices else {}
+        even = all(len(row) == longest for row in tokens)
+        options = {"logits_to_keep": 1 if even else last[:, None]} if self.slices else {}
         done = self.model(
             input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options
         )
-        rows = torch.arange(len(tokens), device=device)
-        logits: torch.Tensor = done.logits[rows, place if self.slices else last]
-        return logits
+        logits: torch.Tensor = done.logits
+        if even or self.slices:
+            return logits[:, -1]
+        return logits[torch.arange(len(tokens), device=device), last]
 
 
 def _choose(logits: torch.Tensor, texts: Sequence[_Text], temperature: float) -> list[int]:
@@ -289,7 +296,7 @@ def _by_transformers(
     sampling: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     if temperature:
         sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    texts, count = list(waiting), count or PADDED
+    texts, count = list(waiting), count or FEWEST
     with torch.random.fork_rng():
         torch.manual_seed(texts[0].seed)
         for batch in (texts[at : at + count] for at in range(0, len(texts), count)):

@@ -39,7 +39,7 @@ BLOCK = 64
 """Columns that are set aside at once."""
 
 ROOM = 2 * 2**30
-"""Bytes of keys and values, where nobody states how many rows there may be."""
+"""Bytes of keys and values in the memory of a processor, where nobody states a number of rows."""
 
 ATTENTION = "taia_decoding"
 """The name under which transformers knows the attention of this file."""
@@ -138,10 +138,21 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def rows_that_fit(cache: Cache, tokens: int) -> int:
-    """Rows of `tokens` tokens whose keys and values take `ROOM`; `cache`: those of some tokens."""
-    rows, columns = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return max(1, int(ROOM * rows * columns // (size * tokens)))
+    """Rows of `tokens` tokens that there is memory for; `cache` holds some tokens of the model.
+
+    Of a CUDA device half of what is free is taken, elsewhere `ROOM`.
+    """
+    import torch
+
+    keys = cache.layers[0].keys
+    cuda = keys.device.type == "cuda"
+    room = torch.cuda.mem_get_info(keys.device)[0] // 2 if cuda else ROOM
+    token = sum(
+        part.element_size() * part.shape[1] * part.shape[3]
+        for layer in cache.layers
+        for part in (layer.keys, layer.values)
+    )
+    return int(room // (token * tokens))
 
 
 def shortest_window(cache: Cache) -> int:

@@ -5,11 +5,13 @@ The page is the template of a single run with other contents, so that both look 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.files import atomic_write
 from taia.report import page_maker
+from taia.report_plots import label
 from taia.sweep_plots import (
     Entry,
     Table,
@@ -44,8 +46,25 @@ def draw_sweep(folder: Path, path: Path) -> None:
     Raises EvaluationError (no sweep.json), DependencyError (jinja2 is not installed).
     """
     scores = read_scores(folder)
+    drawn = figure(scores)
+    wide = 580 if len(drawn.panels) == 1 else 740
     template = page_maker().get_template("sweep_figure.svg.jinja")
-    atomic_write(path, template.render(what=_what(scores["cells"]), figure=figure(scores)))
+    text = template.render(
+        what=_what(scores["cells"]), figure=drawn, keys=_keys(drawn.legend, wide)
+    )
+    atomic_write(path, text)
+
+
+def _keys(legend: Sequence[tuple[str, str]], wide: int) -> list[tuple[str, str, int, int]]:
+    """Name, colour, and the place of each key in pixels, in rows of at most `wide`."""
+    keys, x, y = [], 0, 24
+    for name, colour in legend:
+        size = 42 + 8 * len(label(name))  # the dot, the gaps, and a letter's width at most
+        if x and x + size > wide:
+            x, y = 0, y + 22
+        keys.append((name, colour, x, y))
+        x += size
+    return keys
 
 
 def render_sweep_terminal(folder: Path) -> rich.table.Table:

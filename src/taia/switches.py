@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from taia.errors import TaiaError
 from taia.stacked import NESTED
 
-__all__ = ["Switch", "find_switches", "match_dtype"]
+__all__ = ["Switch", "find_switches", "is_merged", "match_dtype"]
 
 
 class Switch(Protocol):
@@ -23,6 +24,11 @@ class Switch(Protocol):
 
     def set(self, strength: float) -> None:
         """0 is the base, 1 the tuned module."""
+
+
+def is_merged(switch: Switch) -> bool:
+    """Whether PEFT has added the delta to the base's weights: then no switch can take it away."""
+    return bool(getattr(getattr(switch, "layer", None), "merged", False))
 
 
 @dataclass(slots=True)
@@ -55,6 +61,23 @@ class _Variant:
             module, active_adapter=active_adapter, x=x, result=result, **options
         )
         return full if self.strength == 1 else result + self.strength * (full - result)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Any) -> Any:
+        return self._whole().merge_safe(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Any) -> None:
+        self._whole().merge_unsafe(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Any) -> Any:
+        return self._whole().unmerge(module, active_adapter, orig_weight)
+
+    def _whole(self) -> Any:
+        if self.strength != 1:
+            raise TaiaError(
+                f"a DoRA module at strength {self.strength:g} cannot be merged by PEFT; "
+                "`taia splice --merge` can, or merge within using('all')"
+            )
+        return self.variant
 
 
 class _Added:

@@ -220,7 +220,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="the first so many examples a task")
     add("--protocol", default="chat", help="chat (default), plain or paper")
     add("--shots", type=int, default=0, help="few-shot examples before each question (default: 0)")
-    add("--batch-size", type=int, help="questions or texts at once; as many as fit without it")
+    add("--batch-size", type=int, help="questions or texts at once (default: 32; texts: up to 128)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     add("--backend", default="hf", help="hf (transformers, default) or vllm")
     add("--no-cache", action="store_true", help="compute all scores, and keep none for later runs")
@@ -289,7 +289,7 @@ def report(options: argparse.Namespace) -> None:
     """Print the table of a run and write its report.html."""
     from taia.report_training import is_training, report_training
 
-    if options.figure and not is_sweep(options.folder):
+    if options.figure and options.folder.is_dir() and not is_sweep(options.folder):
         raise RecipeError(f"{options.folder}: not a sweep, and only a sweep has a figure of its "
                           "own; without --figure the page of the run is written")  # fmt: skip
     if is_training(options.folder):
@@ -302,7 +302,10 @@ def report(options: argparse.Namespace) -> None:
     if options.figure:
         from taia.sweep_report import draw_sweep
 
-        draw_sweep(options.folder, options.figure)
+        try:
+            draw_sweep(options.folder, options.figure)
+        except OSError as error:
+            raise RecipeError(f"{options.figure}: cannot be written: {error.strerror}") from error
     if options.markdown and is_sweep(options.folder):
         from taia.sweep_report import render_sweep_markdown
 

@@ -254,9 +254,9 @@ def _notes(sides: tuple[Side, Side], aligned: Aligned) -> list[str]:
     one, other = sides
     notes = []
     if one.base_identity != other.base_identity:
-        notes.append(f"different base models: {one.base} and {other.base}")
+        notes.append(f"different base models: {_both(one.base, other.base)}")
     if one.tuned_identity != other.tuned_identity:
-        notes.append(f"different fine-tunes: {one.tuned or 'none'} and {other.tuned or 'none'}")
+        notes.append(f"different fine-tunes: {_both(one.tuned, other.tuned)}")
     asked = [f"{side.protocol} with {side.shots} shots" for side in sides]
     if asked[0] != asked[1]:
         notes.append(f"asked differently: {asked[0]} and {asked[1]}")
@@ -269,3 +269,9 @@ def _notes(sides: tuple[Side, Side], aligned: Aligned) -> list[str]:
     if differing:
         notes.append(f"{differing:,} of {len(prompts):,} prompts are not word for word the same")
     return notes
+
+
+def _both(one: str | None, other: str | None) -> str:
+    if one == other:
+        return f"{one} in both, with other files"
+    return f"{one or 'none'} and {other or 'none'}"

@@ -97,7 +97,7 @@ def wrap(
     """lm-eval's view of a model in memory; no weight is copied.
 
     `batch_size`: questions in a batch and texts at once, at most; None is 32 questions, and as
-    many texts as `taia.generation` thinks fit. The model may change under it (attach).
+    many texts as `taia.generation` chooses. The model may change under it (attach).
     `change` makes another class of the usual one.
     """
     with quiet_lm_eval():

@@ -83,7 +83,7 @@ def evaluate(
     `variants`: presets, selections, or NAME=SELECTION; without a fine-tune only the base.
     `data`: a folder of JSON Lines, None is the hub. `limit`: the first so many records of every
     task. `shots`: few-shot examples before each question. `batch_size`: questions or texts at
-    once, at most; None is 32 questions, and as many texts as `taia.generation.generate` thinks fit.
+    once, at most; None is 32 questions, and as many texts as `taia.generation` chooses.
     `overwrite` starts over; `resume` keeps what the same settings made. `cache`: take and keep
     answers in $TAIA_CACHE/scores. `backend`: hf, or vllm. `on_note` is told what is worth knowing
     and no fault.

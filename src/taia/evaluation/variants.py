@@ -37,6 +37,9 @@ __all__ = [
     "variant_models",
 ]
 
+RECORDS = {"train.json", "taia.json"}
+"""What tells how a model was made, with times: no part of the model."""
+
 VARIANTS = ("base", "vanilla", "taia", "taif")
 """What is compared where nothing else is asked for."""
 
@@ -173,12 +176,14 @@ def identity(source: Source) -> str:
     """A short hash that changes when the model's files do.
 
     Of weights (anything beyond 64 MB) the size and pieces of the content and of each of its
-    tensors are taken, of the rest all of it; no times, so that a copy is the same model.
+    tensors are taken, of the rest all of it; no times, so that a copy is the same model, and so is
+    what a second training with the same outcome wrote.
     """
     digest = hashlib.sha256()
     files = [source.path] if source.path.is_file() else sorted(source.path.iterdir())
     for file in files:
-        if not file.is_file() or file.suffix in {".md", ".jsonl"} or file.name.startswith("."):
+        told = file.suffix in {".md", ".jsonl"} or file.name in RECORDS
+        if not file.is_file() or told or file.name.startswith("."):
             continue
         digest.update(f"{file.name} {_content(file)}\n".encode())
     return digest.hexdigest()[:16]
