@@ -8,7 +8,8 @@ merged checkpoints (faster there than adapters). One variant: the adapter whole,
 checkpoint. Every run is a process of its own, from its start to its end, and they take turns, so
 that a busy machine slows all of them. lm-eval's batch size is the best of a few, tried on the base
 with a tenth of the examples; for texts let as many be tried as the largest batch holds. The adapter
-has random factors: speed does not depend on them. taia's cache of scores is off.
+has small random factors, so that texts are about as long as the base's. taia's cache of scores is
+off.
 
 Told are medians over the repeats, of wall time and of processor time, and of the ratios of a round.
 """

@@ -32,6 +32,7 @@ from taia.slots import (
     rows_that_fit,
     shortest_window,
     steady_length,
+    tokens_at_once,
     unwrapped,
 )
 
@@ -43,11 +44,6 @@ __all__ = ["Generated", "end_tokens", "generate", "longest_input"]
 
 FEWEST, MOST = 32, 128
 """Texts at once, where nobody states how many: more than the first only if memory allows."""
-
-TOGETHER = {"cpu": 1024}
-"""Tokens of prompts that are read at once, with padding: on a processor more is no faster."""
-MANY_TOGETHER = 16384
-"""The same on anything else."""
 
 SHORTEST_SHARED = 8
 """Tokens that all prompts must begin with before it is worth reading them once."""
@@ -206,7 +202,7 @@ class _Shared:
 
         self.model, self.inner = model, inner
         self.slices = "logits_to_keep" in parameters_of(inner)
-        self.tokens = TOGETHER.get(inner.device.type, MANY_TOGETHER)
+        self.tokens = tokens_at_once(inner.device)
         lowest = min((text.prompt for text in texts), key=list)
         highest = max((text.prompt for text in texts), key=list)
         pairs = zip(lowest[:-1], highest[:-1], strict=False)

@@ -32,11 +32,17 @@ __all__ = [
     "rows_that_fit",
     "shortest_window",
     "steady_length",
+    "tokens_at_once",
     "unwrapped",
 ]
 
 BLOCK = 64
 """Columns that are set aside at once."""
+
+TOKENS = {"cpu": 1024}
+"""Tokens that are worth reading at once, with padding: on a processor more is no faster."""
+MANY_TOKENS = 16384
+"""The same on anything else."""
 
 ROOM = 2 * 2**30
 """Bytes of keys and values in the memory of a processor, where nobody states a number of rows."""
@@ -135,6 +141,11 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens that are worth reading in one forward pass, with padding."""
+    return TOKENS.get(device.type, MANY_TOKENS)
 
 
 def rows_that_fit(cache: Cache, tokens: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from taia.errors import OutputError
 from taia.files import atomic_write
 from taia.report import page_maker
 from taia.report_plots import label
@@ -43,7 +44,8 @@ def report_sweep(folder: Path) -> Path:
 def draw_sweep(folder: Path, path: Path) -> None:
     """Write the figure of a sweep to `path`, an SVG that stands alone.
 
-    Raises EvaluationError (no sweep.json), DependencyError (jinja2 is not installed).
+    Raises EvaluationError (no sweep.json), DependencyError (jinja2 is not installed),
+    OutputError (`path` cannot be written).
     """
     scores = read_scores(folder)
     drawn = figure(scores)
@@ -52,7 +54,10 @@ def draw_sweep(folder: Path, path: Path) -> None:
     text = template.render(
         what=_what(scores["cells"]), figure=drawn, keys=_keys(drawn.legend, wide)
     )
-    atomic_write(path, text)
+    try:
+        atomic_write(path, text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _keys(legend: Sequence[tuple[str, str]], wide: int) -> list[tuple[str, str, int, int]]:

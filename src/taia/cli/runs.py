@@ -302,10 +302,7 @@ def report(options: argparse.Namespace) -> None:
     if options.figure:
         from taia.sweep_report import draw_sweep
 
-        try:
-            draw_sweep(options.folder, options.figure)
-        except OSError as error:
-            raise RecipeError(f"{options.figure}: cannot be written: {error.strerror}") from error
+        draw_sweep(options.folder, options.figure)
     if options.markdown and is_sweep(options.folder):
         from taia.sweep_report import render_sweep_markdown
 

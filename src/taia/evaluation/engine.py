@@ -28,7 +28,7 @@ from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.texts import Told, answer_texts, write_texts
 from taia.evaluation.tree_pass import Encoded, TreePass, tree_pass
 from taia.evaluation.trie import Trie, shared_prefixes
-from taia.slots import steady_length
+from taia.slots import steady_length, tokens_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +45,6 @@ Answer = tuple[float, bool]
 
 QUESTIONS = 32
 """Questions in a batch, where nobody states how many."""
-TOKENS = {"cpu": 1024}
-"""Tokens in a batch: on a processor more is no faster."""
-MANY_TOKENS = 16384
-"""The same on anything else."""
 FILLED = 256
 """Tokens from which on a batch is worth its pass: a much shorter question then begins another."""
 FULL = 0.8
@@ -281,7 +277,7 @@ def one_pass() -> type[HFLM]:  # noqa: C901 (a class with short methods)
                 requests,
                 longest=self.max_length,
                 questions=int(self.batch_size),
-                tokens=TOKENS.get(self.device.type, MANY_TOKENS),
+                tokens=tokens_at_once(self.device),
                 places=max(1, LOGITS // words),
             )
 

@@ -21,9 +21,8 @@ Without Ray this process carries out one cell after another; with it a cluster d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +230,7 @@ def _report_sweep(sweep: Sweep, folder: Path) -> None:
     from taia.sweep_report import report_sweep
     from taia.sweep_scores import read_scores, write_scores
 
-    with contextlib.suppress(EvaluationError):
+    with suppress(EvaluationError):
         read_scores(folder)
         if all((folder / name).is_file() for name in SCORED):
             return
