@@ -225,6 +225,44 @@ def test_other_settings_are_refused_and_told(run, ask, adapter, tmp_path):
     assert [path.name for path in (out / "results").iterdir()] == ["base"]
 
 
+def test_another_backend_is_other_settings_and_other_versions_are_told(
+    run, ask, adapter, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(run[0], out)
+    stated = json.loads((out / "settings.json").read_text())
+    monkeypatch.setattr(job, "find_spec", lambda name: name)  # as if vLLM were there
+    with pytest.raises(EvaluationError, match="backend: 'hf' then, 'vllm' now"):
+        ask(out, adapter=adapter, variants=VARIANTS, backend="vllm")
+    stated["versions"]["torch"] = "1.0"
+    (out / "settings.json").write_text(json.dumps(stated))
+    notes = []
+    ask(out, adapter=adapter, variants=VARIANTS, on_note=notes.append, cache=False)
+    assert [note for note in notes if "torch 1.0 then" in note]
+
+
+def test_a_report_is_no_part_of_a_model(adapter, tmp_path):
+    from taia.evaluation.variants import identity
+    from taia.sources import resolve
+
+    shutil.copytree(adapter, tmp_path / "adapter")
+    before = identity(resolve(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "report.html").write_text("a page")
+    assert identity(resolve(tmp_path / "adapter")) == before == identity(resolve(adapter))
+
+
+def test_prompts_that_are_cut_are_told(caplog):
+    import logging
+
+    from taia.evaluation.quiet import quiet_lm_eval
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    with quiet_lm_eval():
+        logger.warning("Left truncation applied. Original sequence length was 9, to 5.")
+        logger.warning("something else")
+    assert [record.getMessage()[:4] for record in caplog.records] == ["Left"]
+
+
 def test_changed_data_is_other_settings(run, ask, adapter, data, tmp_path):
     out, other = tmp_path / "out", tmp_path / "data"
     shutil.copytree(run[0], out)

@@ -154,6 +154,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"evaluate": {"tasks": ["factz"], "data": "."}}, "factz: unknown task"),
         ({"evaluate": {"tasks": ["facts"], "data": ".", "variants": ["taai"]}}, "taai"),
         ({"train": None, "tuned": "./nowhere"}, "no such folder"),
+        ({"evaluate": {"tasks": ["facts"], "data": ".", "shots": 2}}, "ask for 0 shots"),
+        ({"evaluate": {"tasks": ["lm_eval:sciq"], "protocol": "paper"}}, "lm-eval's own task"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_first(

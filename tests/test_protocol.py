@@ -197,6 +197,10 @@ def test_any_other_task_of_lm_evals(tmp_path, monkeypatch):
     for one in results.examples["base", "own"]:
         assert (one.metric, one.correct, one.parsed) == ("exact_match", 0.0, False)
     assert [one.target for one in results.examples["base", "own"]] == ["1", "2"]
+    (tmp_path / "run" / "results" / "base" / "own.jsonl").unlink()
+    evaluate(tmp_path / "base", tmp_path / "run", **options)  # found again, and not twice
+    assert read_results(tmp_path / "run").examples == results.examples
+    evaluate(tmp_path / "base", tmp_path / "run", **options | {"tasks": [str(file)]})
     with pytest.raises(EvaluationError, match="lm-eval's own task"):
         evaluate(tmp_path / "base", tmp_path / "other", protocol="paper", **options)
     assert not (tmp_path / "other").exists()
@@ -209,6 +213,27 @@ def test_tasks_of_lm_evals_are_found_by_name():
         find_tasks(["lm_eval:no_such_task", "lm_eval:mmlu"])
     assert "lm-eval has no such task" in caught.value.faults[0]
     assert "a group of lm-eval" in caught.value.faults[1]
+
+
+def test_two_tasks_of_one_name_are_refused():
+    with pytest.raises(EvaluationError, match="arc_easy and lm_eval:arc_easy, whose results"):
+        find_tasks(["arc_easy", "lm_eval:arc_easy"])
+
+
+def test_the_metric_of_a_foreign_task_is_one_of_examples():
+    from types import SimpleNamespace
+
+    from lm_eval.api.metrics import mean, perplexity, weighted_perplexity
+
+    from taia.evaluation.examples import primary_metric
+
+    def task(**metrics):
+        config = SimpleNamespace(metadata={"version": 1}, task="theirs")
+        return SimpleNamespace(config=config, aggregation=lambda: metrics)
+
+    assert primary_metric(task(perplexity=perplexity, acc=mean)) == "acc"
+    with pytest.raises(EvaluationError, match="theirs: word_perplexity is of a whole data set"):
+        primary_metric(task(word_perplexity=weighted_perplexity))
 
 
 @pytest.mark.slow

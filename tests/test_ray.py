@@ -192,8 +192,11 @@ def test_what_no_node_has_is_told_before_a_task_waits_for_it() -> None:
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 8e12}},
     ]
     small = Need(memory=10**9)
-    _check_nodes(nodes, Resources(train=small, evaluate=Need(gpus=1, memory=10**9)))
+    both = ["train", "evaluate"]
+    _check_nodes(nodes, Resources(train=small, evaluate=Need(gpus=1, memory=10**9)), both)
+    large = Resources(train=Need(cpus=4, gpus=1), evaluate=Need(memory=10**10))
     with pytest.raises(ClusterError) as caught:
-        _check_nodes(nodes, Resources(train=Need(cpus=4, gpus=1), evaluate=Need(memory=10**10)))
+        _check_nodes(nodes, large, both)
     assert len(caught.value.faults) == 2
+    _check_nodes(nodes, Resources(train=large.train, evaluate=small), ["evaluate"])
     assert "4 CPUs, 1 GPUs and 2.0 GB are needed on one node" in str(caught.value)

@@ -101,7 +101,13 @@ def load_model(
     _check_complete(found, info)
     if found.form is Form.GGUF and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained asks
-    return model.to(place).eval()
+    try:
+        return model.to(place).eval()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise CheckpointError(
+            f"{found.text}: does not go onto {place} ({_first_line(error)}); it may need more "
+            "memory than is free there"
+        ) from error
 
 
 def materialise(source: str | Path | Source) -> Path:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from taia.errors import EvaluationError, nearest
-from taia.evaluation.foreign import foreign_file, load_foreign
+from taia.evaluation.foreign import FOREIGN, foreign_file, load_foreign, name_of, stated_as
 from taia.evaluation.protocol import check_protocol
 from taia.evaluation.quiet import quiet_lm_eval
 from taia.evaluation.records import local_file, read_records, shape_of
@@ -46,9 +46,6 @@ FOLDER = Path(__file__).parent / "tasks"
 
 PREFIX = "taia_"
 """What lm-eval's name of a task has before ours, so that it cannot hide lm-eval's own."""
-
-FOREIGN = "lm_eval:"
-"""What stands before the name of a task of lm-eval's that one of ours would hide."""
 
 SMALL = "-small"
 
@@ -89,6 +86,11 @@ class TaskSource:
     data: str
     small: int | None = None
 
+    @property
+    def stated(self) -> str:
+        """The name by which `find_tasks` finds this very task."""
+        return stated_as(self.name, self.source)
+
 
 def known_tasks() -> tuple[str, ...]:
     """The names of the tasks that ship with the package."""
@@ -117,6 +119,12 @@ def find_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskSour
             found.append(_find(name, data))
         except EvaluationError as error:
             faults.append(str(error).replace("\n", "\n  "))
+    called = [task.name for task in found]
+    faults += [
+        f"{name}: stands for {' and '.join(task.stated for task in found if task.name == name)}, "
+        "whose results would have one name; evaluate them into two folders"
+        for name in sorted({name for name in called if called.count(name) > 1})
+    ]
     if faults:
         raise EvaluationError("the tasks cannot be run:", faults)
     return tuple(found)
@@ -193,8 +201,7 @@ def _find_foreign(name: str, message: str) -> TaskSource:
     path = foreign_file(name)
     if path is None:
         raise EvaluationError(message)
-    own = path.stem if name.endswith(".yaml") else name
-    return TaskSource(own, path, f"{FOREIGN}{name}", "", "")
+    return TaskSource(name_of(name), path, f"{FOREIGN}{name}", "", "")
 
 
 def _full(name: str) -> str:

@@ -19,16 +19,32 @@ if TYPE_CHECKING:
 
 __all__ = ["example", "example_id", "primary_metric"]
 
+OF_A_SET = frozenset({
+    "perplexity", "weighted_perplexity", "bits_per_byte", "f1_score", "matthews_corrcoef", "bleu",
+    "chrf", "chrfpp", "ter", "brier_score", "bypass_agg",
+})  # fmt: skip
+"""lm-eval's functions that make a score of a whole data set out of what is no score."""
+
 UNREAD = "[invalid]"
 """What lm-eval's filters make of a text in which they find no answer."""
 
 
 def primary_metric(task: Task) -> str:
-    """The metric that a table shows: the one a task of ours names, else lm-eval's first."""
+    """The metric that a table shows: the one a task of ours names, else lm-eval's first.
+
+    Raises EvaluationError for a task that has no metric of single examples.
+    """
     metadata = task.config.metadata
     if isinstance(metadata, dict) and "primary_metric" in metadata:
         return str(metadata["primary_metric"])
-    return str(next(iter(task.aggregation())))
+    metrics = {str(name): how for name, how in task.aggregation().items()}
+    for name, how in metrics.items():
+        if getattr(how, "__name__", "") not in OF_A_SET:
+            return name
+    raise EvaluationError(
+        f"{task.config.task}: {', '.join(metrics)} is of a whole data set and no score of an "
+        "example; run the task with lm-eval itself"
+    )
 
 
 def example(name: str, task: Task, sample: Mapping[str, Any]) -> Example:

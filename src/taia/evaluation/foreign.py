@@ -19,7 +19,21 @@ from taia.errors import EvaluationError
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["foreign_file", "load_foreign"]
+__all__ = ["FOREIGN", "foreign_file", "load_foreign", "name_of", "stated_as"]
+
+FOREIGN = "lm_eval:"
+"""What stands before the name of a task of lm-eval's that one of ours would hide."""
+
+
+def name_of(stated: str) -> str:
+    """What a task is called in results: its name without `lm_eval:`, folder and ending."""
+    bare = stated.removeprefix(FOREIGN)
+    return Path(bare).stem if bare.endswith(".yaml") else bare
+
+
+def stated_as(name: str, source: str) -> str:
+    """The name that finds a task of these results again, whatever else is called the same."""
+    return source if source.startswith(FOREIGN) else name
 
 
 def foreign_file(name: str) -> Path | None:

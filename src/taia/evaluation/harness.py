@@ -94,8 +94,9 @@ def evaluate(
         limit=limit, protocol=protocol, shots=shots, batch_size=batch_size, dtype=dtype, seed=seed,
         overwrite=overwrite, resume=resume, cache=cache, backend=backend,
     )  # fmt: skip
-    if on_note and job.cache and others():
-        on_note(others())
+    if on_note:
+        for note in filter(None, (others() if job.cache else "", job.other_versions())):
+            on_note(note)
     wanted = [variant for variant in job.asked.variants if job.missing(variant)]
     if wanted:
         _run(job, wanted, on_progress)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from taia.errors import EvaluationError, OutputError, RecipeError
 from taia.evaluation.catalogue import TaskSource, expand_groups, find_tasks, load_task
 from taia.evaluation.examples import primary_metric
+from taia.evaluation.foreign import stated_as
 from taia.evaluation.protocol import check_protocol
 from taia.evaluation.result import (
     Settings,
@@ -77,6 +78,17 @@ class Job:
             return False
         return True
 
+    def other_versions(self) -> str:
+        """What is to be told of results that other versions made; empty where there are none."""
+        if self.overwrite or not (self.out / "settings.json").is_file():
+            return ""
+        then, now = read_settings(self.out).versions, self.asked.versions
+        changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now"
+                   for name in then if then[name] != now.get(name)]  # fmt: skip
+        if not changed:
+            return ""
+        return f"{self.out}: what is there was made with other versions: {', '.join(changed)}"
+
     def load(self, task: TaskSource) -> Task:
         """lm-eval's task object."""
         return load_task(task, protocol=self.asked.protocol, shots=self.asked.shots)
@@ -110,12 +122,15 @@ def prepare(
     out, tasks = Path(out), expand_groups(tasks)
     earlier = _earlier(out, overwrite=overwrite)
     named = parse_variants(variants)
+    folder = Path(data) if data is not None else None
     if earlier is not None:  # a run is a full table: what is added, is added for all
-        tasks = [*earlier.tasks, *(name for name in tasks if name not in earlier.tasks)]
+        there = [stated_as(name, info.source) for name, info in earlier.tasks.items()]
+        asked_for = [task.stated for task in find_tasks(tasks, folder)]
+        tasks = [*there, *(name for name in asked_for if name not in there)]
         mine = {variant.name: variant for variant in named}
         named = (*(mine.pop(one.name, one) for one in earlier.variants), *mine.values())
     change = find_change(base, adapter, tuned, named)
-    found = find_tasks(tasks, Path(data) if data is not None else None)
+    found = find_tasks(tasks, folder)
     asked = Settings(
         base=str(base),
         base_identity=identity(resolve(base)),
@@ -132,6 +147,7 @@ def prepare(
         variants=named,
         versions=_versions(),
         shots=shots,
+        backend=backend,
     )
     job = Job(out, asked, found, base, change, overwrite, cache, backend)
     if earlier is not None:

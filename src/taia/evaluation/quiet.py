@@ -13,6 +13,10 @@ from collections.abc import Iterator
 __all__ = ["quiet_lm_eval"]
 
 
+CUT = ("maximum length", "Left truncation applied")
+"""What lm-eval says of a prompt that it cuts: before choices, and before a text."""
+
+
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Only errors and cut prompts are told inside the block; all as before after it."""
@@ -23,7 +27,8 @@ def quiet_lm_eval() -> Iterator[None]:
     levels, bar = (logger.level, cut.level), lm_eval_task.tqdm
 
     def only_cuts(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.WARNING or "maximum length" in record.getMessage()
+        told = record.getMessage()
+        return record.levelno > logging.WARNING or any(mark in told for mark in CUT)
 
     logger.setLevel(logging.ERROR)
     cut.setLevel(logging.WARNING)

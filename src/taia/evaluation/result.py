@@ -23,6 +23,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from taia.errors import EvaluationError, SelectionError
+from taia.evaluation.foreign import stated_as
 
 __all__ = [
     "Example",
@@ -110,6 +111,7 @@ class Settings:
 
     `base_identity` and `tuned_identity` tell whether the files behind the names changed.
     `shots`: worked examples before each question; 0 in files from before there were any.
+    `backend`: what computed; files from before it was written down are transformers'.
     """
 
     __pydantic_config__ = STRICT
@@ -129,6 +131,7 @@ class Settings:
     variants: tuple[Variant, ...]
     versions: dict[str, str]
     shots: int = 0
+    backend: str = "hf"
 
     def to_json(self) -> str:
         """The text of settings.json."""
@@ -249,7 +252,8 @@ def mending_command(settings: Settings, folder: Path) -> str:
     if settings.tuned is not None:
         words += [f"--{settings.tuned_form}", settings.tuned]
     texts = [_variant_text(variant) for variant in settings.variants]
-    words += ["--variants", ",".join(texts), "--tasks", ",".join(settings.tasks)]
+    tasks = [stated_as(name, info.source) for name, info in settings.tasks.items()]
+    words += ["--variants", ",".join(texts), "--tasks", ",".join(tasks)]
     if settings.data is not None:
         words += ["--data", settings.data]
     if settings.limit is not None:
@@ -259,6 +263,7 @@ def mending_command(settings: Settings, folder: Path) -> str:
         ("--dtype", settings.dtype, "bfloat16"),
         ("--seed", settings.seed, 0),
         ("--shots", settings.shots, 0),
+        ("--backend", settings.backend, "hf"),
     ):
         if value != usual:
             words += [option, str(value)]

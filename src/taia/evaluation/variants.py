@@ -37,7 +37,7 @@ __all__ = [
     "variant_models",
 ]
 
-RECORDS = {"train.json", "taia.json"}
+RECORDS = {"train.json", "taia.json", "report.html"}
 """What tells how a model was made, with times: no part of the model."""
 
 VARIANTS = ("base", "vanilla", "taia", "taif")

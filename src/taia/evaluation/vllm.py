@@ -62,9 +62,7 @@ def adapter_folders(
             raise EvaluationError(f"{LORACL}: not with vLLM; evaluate it with --backend hf")
         if variant.selection == "none":
             found[variant.name] = None
-        elif variant.selection == "all":
-            found[variant.name] = change.path
-        else:
+        else:  # the whole adapter too: vLLM does not know all that PEFT's configuration can state
             found[variant.name] = folder / variant.folder
             splice(base, change, folder / variant.folder, keep=variant.selection)
     return found

@@ -5,14 +5,18 @@ Everything that a later stage would refuse is refused here, before anything is w
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError
 from taia.recipe import Recipe, place, place_data
+
+if TYPE_CHECKING:
+    from taia.evaluation.catalogue import TaskSource
 
 __all__ = ["Cell", "check_inputs", "held_out_files", "make_cell", "training_options"]
 
@@ -109,7 +113,17 @@ def check_inputs(cell: Cell) -> dict[str, str]:
     data = Path(cell.eval_data) if cell.eval_data is not None else None
     for task in find_tasks(scoring.tasks, data):
         inputs[f"evaluation data: {task.name}"] = task.sha256 or task.source
+        if scoring.shots or task.stated != task.name:  # lm-eval's own have their own ways to fail
+            _check_task(task, scoring.protocol, scoring.shots)
     return inputs
+
+
+@functools.cache
+def _check_task(task: TaskSource, protocol: str, shots: int) -> None:
+    """Raise EvaluationError for a task that cannot be asked so."""
+    from taia.evaluation.catalogue import load_task
+
+    load_task(task, protocol=protocol, shots=shots)
 
 
 def held_out_files(cell: Cell) -> list[str]:

@@ -72,16 +72,17 @@ class Unit:
 
 
 @contextlib.contextmanager
-def connected(address: str, resources: Resources) -> Iterator[Any]:
+def connected(address: str, resources: Resources, tasks: Sequence[CellTask]) -> Iterator[Any]:
     """Ray, connected to an address that was checked; `local` starts a cluster and ends it.
 
-    Raises ClusterError, also where no node has what a task needs.
+    Raises ClusterError, also where no node has what is needed for the rest of `tasks`.
     """
     import ray
 
     _connect(ray, address)
     try:
-        _check_nodes(ray.nodes(), resources)
+        trains = any(_needs(task, "train") and task.owner is None for task in tasks)
+        _check_nodes(ray.nodes(), resources, ["train"] * trains + ["evaluate"])
         yield ray
     finally:
         ray.shutdown()
@@ -292,11 +293,13 @@ def check_address(address: str) -> None:
         raise ClusterError(f"{address}: no Ray cluster answers there; {mend}")
 
 
-def _check_nodes(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None:
+def _check_nodes(
+    nodes: Sequence[Mapping[str, Any]], resources: Resources, kinds: Sequence[str]
+) -> None:
     """Raise ClusterError for needs that no node has: such a task would wait for ever."""
     there = [node["Resources"] for node in nodes if node["Alive"]]
     faults = []
-    for name in ("train", "evaluate"):
+    for name in kinds:
         need: Need = getattr(resources, name)
         wanted = {"CPU": need.cpus, "GPU": need.gpus, "memory": need.memory}
         if any(all(node.get(key, 0) >= value for key, value in wanted.items()) for node in there):

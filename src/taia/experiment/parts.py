@@ -21,12 +21,12 @@ PARTS = "parts"
 
 
 def parts_of(cell: Cell) -> list[tuple[str, str]]:
-    """Every variant, as the recipe states it, with every task."""
+    """Every variant, as the recipe states it, with every task by the name that finds it."""
     from taia.evaluation.catalogue import find_tasks
 
     stated = cell.recipe.evaluate
     data = Path(cell.eval_data) if cell.eval_data is not None else None
-    tasks = [task.name for task in find_tasks(stated.tasks, data)]
+    tasks = [task.stated for task in find_tasks(stated.tasks, data)]
     return [(variant, task) for variant in stated.variants for task in tasks]
 
 
@@ -45,7 +45,7 @@ def gather(cell: Cell) -> None:
 
     parts = parts_of(cell)
     found = {part: read_settings(_folder(cell, *part)) for part in parts}
-    tasks = {task: found[variant, task].tasks[task] for variant, task in parts}
+    tasks = {name: info for settings in found.values() for name, info in settings.tasks.items()}
     variants = parse_variants(cell.recipe.evaluate.variants)
     first = next(iter(found.values()))
     remove(cell.out / "results")
@@ -59,6 +59,7 @@ def gather(cell: Cell) -> None:
 
 
 def _folder(cell: Cell, variant: str, task: str) -> Path:
+    from taia.evaluation.foreign import name_of
     from taia.evaluation.variants import parse_variants
 
-    return cell.out / PARTS / parse_variants([variant])[0].folder / task
+    return cell.out / PARTS / parse_variants([variant])[0].folder / name_of(task)

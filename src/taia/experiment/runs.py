@@ -81,7 +81,7 @@ def run(
     tasks, new = _tasks(sweep, text, path.parent, folder, overwrite=overwrite)
     changed = any(undone(task.cell, task.lock) for task in tasks)
     console = Console(stderr=True)
-    with connected(ray, sweep.resources) if ray and changed else nullcontext() as cluster:
+    with connected(ray, sweep.resources, tasks) if ray and changed else nullcontext() as cluster:
         if sweep.axes:
             _begin_sweep(sweep, folder, text, overwrite=overwrite)
         if sweep.axes and changed:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from taia.experiment.cell import Cell, held_out_files, training_options
-from taia.experiment.lock import finish_stage, forget_after
+from taia.experiment.lock import finish_stage, forget_after, remove
 from taia.files import atomic_write, staged_folder
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def _evaluate(cell: Cell, console: Console) -> None:
             console.print(f"  {progress.variant}: {progress.task}")
 
     evaluate(cell.base, cell.out, **evaluation(cell), on_progress=told)
+    remove(cell.out / "parts")  # of a run that was begun on a cluster
 
 
 def _report(cell: Cell, _: Console) -> None:
