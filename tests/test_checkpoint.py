@@ -115,7 +115,10 @@ def test_unknown_dtype(copies):
     refused(*copies, "unknown dtype 'F128'")
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 7])
+@pytest.mark.parametrize(
+    "shard",
+    ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 7, "é" * 200 + ".safetensors"],
+)
 def test_index_that_names_a_file_outside(copies, shard):
     index = {"weight_map": {"model.norm.weight": shard}}
     (copies[1] / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -297,6 +300,13 @@ def test_a_link_out_of_the_folder_is_refused(copies, tmp_path, name):
     refused(*copies, "a link that leads out of the model's folder")
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_a_link_that_leads_nowhere_is_refused(copies, name):
+    (copies[1] / name).unlink(missing_ok=True)
+    (copies[1] / name).symlink_to("a-blob-that-was-removed")
+    refused(*copies, "a link that leads nowhere")
+
+
 def test_links_inside_the_folder_and_to_the_blobs_of_the_hub_cache(copies, tmp_path):
     cache = tmp_path / "models--some--model"
     snapshot = cache / "snapshots" / "abc"
@@ -341,3 +351,57 @@ def test_a_message_cannot_steer_the_terminal(copies):
     with pytest.raises(TaiaError) as caught:
         taia.splice(*copies, copies[0].parent / "out")
     assert "\\x1b[2J\\u202e: in the tuned model" in str(caught.value)
+
+
+def test_a_note_cannot_steer_the_terminal(copies, capsys):
+    from taia.cli.models import tell_note
+    from taia.cli.printing import print_plan
+
+    name = "\x1b]0;owned\x07.rotary_emb.inv_freq"
+    raw = (copies[1] / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    stop = len(raw) - 8 - length
+    rewrite_header(
+        copies[1] / "model.safetensors",
+        lambda header: header.update(
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [stop, stop + 4]}}
+        ),
+    )
+    with (copies[1] / "model.safetensors").open("ab") as file:
+        file.write(bytes(4))
+    planned = taia.plan(*copies)
+    assert any(name in note for note in planned.notes)
+    print_plan(planned)
+    for note in planned.notes:
+        tell_note(note)
+    told = capsys.readouterr()
+    for text in (told.out, told.err):
+        assert "\\x1b]0;owned\\x07" in text
+        assert "\x1b" not in text
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(copies, monkeypatch):
+    out = copies[0].parent / "mounted"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    with pytest.raises(TaiaError, match="name a folder inside it"):
+        taia.splice(*copies, out)
+    assert not any(out.iterdir())
+
+
+def test_a_marker_that_taia_did_not_write(copies):
+    (copies[1] / ".taia-mirror.json").write_text("{}")
+    refused(*copies, "broken; remove it if all weights are there")
+
+
+def test_a_folder_that_may_not_be_entered(copies, monkeypatch):
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.suffix != ".json":
+            return is_file(path)
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(TaiaError, match="cannot be read: Permission denied"):
+        taia.plan(*copies)

@@ -132,7 +132,7 @@ def test_a_splice_survives_twenty_dropped_connections(server, root, tmp_path, mo
     assert server.sent <= 1.02 * weights
 
 
-@pytest.mark.parametrize("fault", [503, 429, "shifted", "short", "whole"])
+@pytest.mark.parametrize("fault", [503, 522, 429, "shifted", "short", "whole"])
 def test_a_passing_fault_costs_another_request(server, root, tmp_path, fault):
     server.reset(lambda n, *_: str(fault) if n % 5 == 4 else None)
     taia.splice(f"{server.url}/small-base", f"{server.url}/small-tuned", tmp_path / "out")

@@ -56,10 +56,10 @@ FLOORS = [
     {"push"},
     {"remote_http", "transfer"},
     {"remote", "files"},
-    {"untrusted", "json_stream", "copying", "workers"},
+    {"untrusted", "json_stream", "copying", "direct", "workers"},
     {"stopping"},
     {"generation"},
-    {"slots"},
+    {"slots", "packed"},
     {"errors"},
 ]
 """From the top down. A module imports from its own floor and from those below."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -245,3 +246,15 @@ def test_each_of_a_thousand_random_flips(pair, tmp_path, digests):
         file.write_bytes(before)
     assert not missed
     taia.verify(out)
+
+
+def test_a_tensor_is_compared_in_parts(adapters, tmp_path, monkeypatch):
+    base, adapter = adapters("llama", "plain")
+    taia.splice(base, adapter, tmp_path / "out")
+    monkeypatch.setattr(importlib.import_module("taia.verify"), "AT_ONCE", 7)
+    taia.verify(tmp_path / "out")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert "differs from its source" in found(tmp_path / "out")

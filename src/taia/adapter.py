@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taia.changes import PREFIX, Change, Shapes
-from taia.checkpoint import FLOATS, Tensor, read_header
+from taia.checkpoint import FLOATS, Tensor, read_header, refuse_changed, stamp
 from taia.errors import CheckpointError, MismatchError, SelectionError, SourceError
 from taia.experts import EXPERTS_PARTS, expert_changes
 from taia.files import read_json
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from taia.arrays import Array
 
 __all__ = [
+    "CONFIG",
     "WEIGHTS",
     "Adapter",
     "addresses_of",
@@ -44,6 +45,7 @@ __all__ = [
     "read_adapter",
 ]
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What families call their number of layers in config.json."""
@@ -62,7 +64,10 @@ the names of all their tensors have."""
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter folder: its configuration, its changes, and whole tensors, by weight name."""
+    """An adapter folder: its configuration, its changes, and whole tensors, by weight name.
+
+    `stamps` holds the size and the modification time of its files before they were read.
+    """
 
     text: str
     path: Path
@@ -70,6 +75,7 @@ class Adapter:
     settings: Settings
     modules: Mapping[str, Change]
     whole: Mapping[str, Tensor]
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -84,6 +90,10 @@ class Adapter:
         """
         bound = {name: change.on(model_type, shapes) for name, change in self.modules.items()}
         return replace(self, modules={n: c for n, c in bound.items() if c is not None})
+
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError if a file of it is no longer the one that was read."""
+        refuse_changed(self.path, self.stamps)
 
     def factors(self, module: LoraModule) -> tuple[Array, Array]:
         """A (rank x in) and B (out x rank), float32 (float64 if stored so), unscaled."""
@@ -106,10 +116,11 @@ def read_adapter(source: str | Path | Source) -> Adapter:
     found = resolve(source)
     if found.form is not Form.ADAPTER:
         raise SourceError(f"{found.text}: a PEFT adapter is needed, this is a {found.form}")
-    config = read_json(found.path / "adapter_config.json")
+    stamps = {name: stamp(found.path / name) for name in (CONFIG, WEIGHTS)}
+    config = read_json(found.path / CONFIG)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{found.path / 'adapter_config.json'}: not a JSON object")
-    settings = read_settings(found.path / "adapter_config.json", config)
+        raise CheckpointError(f"{found.path / CONFIG}: not a JSON object")
+    settings = read_settings(found.path / CONFIG, config)
     _require_weights(found.path)
     parts, whole, faults = _sorted_tensors(read_header(found.path / WEIGHTS), settings)
     changes, more = _changes(parts, settings)
@@ -121,7 +132,7 @@ def read_adapter(source: str | Path | Source) -> Adapter:
         faults = ["holds no tensors"]
     if faults:
         raise CheckpointError(f"{found.path / WEIGHTS}: not a readable adapter", faults)
-    return Adapter(found.text, found.path, config, settings, modules, whole)
+    return Adapter(found.text, found.path, config, settings, modules, whole, stamps)
 
 
 _NOTHING = Tensor("", "F32", (), "", 0, 0)
@@ -210,10 +221,16 @@ def _require_weights(folder: Path) -> None:
     raise SourceError(f"{folder}: no {WEIGHTS} in it")
 
 
-def architecture_of(
-    adapter: Adapter, base: str | Path | Source | None = None
-) -> tuple[str | None, int | None]:
-    """Model type and number of layers of the model that an adapter belongs to, where known.
+class Architecture(NamedTuple):
+    """What is known of a model: its type, its number of layers, its config.json."""
+
+    model_type: str | None = None
+    layers: int | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def architecture_of(adapter: Adapter, base: str | Path | Source | None = None) -> Architecture:
+    """What is known of the model that an adapter belongs to.
 
     They are those of `base`, else of the base model that the adapter itself names, where that
     is a folder on this disk. Nothing is downloaded for it.
@@ -223,21 +240,21 @@ def architecture_of(
         folder = Path(named) if named else Path()
         try:
             if not named or not (folder / "config.json").is_file():
-                return None, None
+                return Architecture()
         except OSError:  # a name that no file can have
-            return None, None
+            return Architecture()
     else:
         found = resolve(base, headers_only=True)
         if found.form is Form.GGUF:
-            return None, _gguf_depth(found.path)
+            return Architecture(layers=_gguf_depth(found.path))
         folder = found.path
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        return None, None
+        return Architecture()
     text = config.get("text_config")
     depths = config | text if isinstance(text, dict) else config
     layers = next((depths[key] for key in DEPTH_KEYS if isinstance(depths.get(key), int)), None)
-    return config["model_type"], layers
+    return Architecture(config["model_type"], layers, config)
 
 
 def _gguf_depth(path: Path) -> int | None:
@@ -246,16 +263,19 @@ def _gguf_depth(path: Path) -> int | None:
     return next((count for count in stated if isinstance(count, int)), None)
 
 
-def addresses_of(adapter: Adapter, model_type: str | None) -> dict[str, Address]:
+def addresses_of(
+    adapter: Adapter, model_type: str | None, config: Mapping[str, Any] | None = None
+) -> dict[str, Address]:
     """The address of every weight that the adapter changes, by the weight's name.
 
-    Without a model type a name counts if every architecture that has it agrees on it.
+    `config`: the model's, as for `classify_all`. Without a model type a name counts if every
+    architecture that has it agrees on it.
     Raises KindError for a name that this does not settle.
     """
     names = [*adapter.modules, *adapter.whole]
     if model_type is None:
         return {name: classify_by_agreement(name) for name in names}
-    return classify_all(names, model_type)
+    return classify_all(names, model_type, config)
 
 
 def kept_strengths(

@@ -68,7 +68,7 @@ class Live:
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
         self.model = model
         self._adapter = adapter
-        self._addresses = addresses_of(adapter, model.config.model_type)
+        self._addresses = addresses_of(adapter, model.config.model_type, model.config.to_dict())
         self._depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         self._before = _Before(model)
         biases = [name for name in adapter.whole if name.endswith(".bias")]
@@ -192,6 +192,10 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Switch], dict[str, 
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             peft = PeftModel.from_pretrained(model, adapter.path, adapter_name=NAME)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if "out of memory" in str(error):
+            raise TaiaError(
+                f"{adapter.text}: does not fit into the memory beside its model: {error}"
+            ) from error
         raise MismatchError(
             f"{adapter.text}: PEFT cannot load it, its configuration and its weights disagree: "
             f"{str(error).splitlines()[0]}"

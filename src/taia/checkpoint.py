@@ -47,6 +47,8 @@ __all__ = [
     "open_checkpoint",
     "parse_index",
     "read_header",
+    "refuse_changed",
+    "stamp",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -90,13 +92,18 @@ class Checkpoint:
 
     def refuse_changed(self) -> None:
         """Raise CheckpointError if a weight file is no longer the one whose header was read."""
-        faults = [
-            f"{file}: changed while it was read; was it being saved or downloaded?"
-            for file, stamp in self.stamps.items()
-            if _stamp(self.path / file) != stamp
-        ]
-        if faults:
-            raise CheckpointError(f"{self.path}: not the checkpoint that was planned", faults)
+        refuse_changed(self.path, self.stamps)
+
+
+def refuse_changed(folder: Path, stamps: Mapping[str, tuple[int, int]]) -> None:
+    """Raise CheckpointError if a file of `folder` does not have the stamp that it had."""
+    faults = [
+        f"{file}: changed while it was read; was it being saved or downloaded?"
+        for file, before in stamps.items()
+        if stamp(folder / file) != before
+    ]
+    if faults:
+        raise CheckpointError(f"{folder}: not the files that were planned", faults)
 
 
 def open_checkpoint(source: str | Path | Source) -> Checkpoint:
@@ -158,7 +165,8 @@ def _read_shard(path: Path) -> tuple[dict[str, Tensor], tuple[int, int]]:
     return header, (status.st_size, status.st_mtime_ns)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time of a file, by which a change is seen; -1 where it is gone."""
     try:
         status = path.stat()
     except OSError:
@@ -225,7 +233,8 @@ def parse_index(read: Callable[[int], bytes | None], size: int, path: Path) -> d
 
 
 def _is_shard(name: str) -> bool:
-    plain = Path(name).name == name and not {"\\", "\0"} & set(name) and len(name) < 256
+    short = len(name.encode(errors="replace")) < 256
+    plain = short and Path(name).name == name and not {"\\", "\0"} & set(name)
     return plain and name.endswith(".safetensors") and not name.startswith(".")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from taia.errors import CheckpointError
 
-__all__ = ["BLOCK", "copy_range", "create", "start_writing", "write_all"]
+__all__ = ["BLOCK", "copy_range", "create", "file_system", "start_writing", "write_all"]
 
 BLOCK = 4096
 """Bytes of a block: the unit in which files share their contents."""
@@ -87,7 +87,7 @@ def _through_memory(source: FileIO, target: FileIO, start: int, to: int, length:
     return len(chunk)
 
 
-def write_all(target: FileIO, data: bytes) -> None:
+def write_all(target: FileIO, data: bytes | memoryview) -> None:
     """Write every byte; an unbuffered file may take fewer at a time."""
     view = memoryview(data)
     while view:

@@ -127,7 +127,7 @@ def explain(
             f"{second.text}: an adapter; merge it with 'all' and name that checkpoint"
         )
     unknown = open_checkpoint(out)
-    addresses = classify_all(first.tensors, first.model_type)
+    addresses = classify_all(first.tensors, first.model_type, first.config)
     parts = _compared(first, second, unknown, addresses)
     parts += [
         Part(name, None, Match.ADDED, tensor.bytes)

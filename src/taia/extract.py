@@ -31,7 +31,14 @@ from taia.checkpoint import BITS, Tensor, read_header
 from taia.downloads import Download
 from taia.errors import MismatchError, SelectionError
 from taia.factorise import factorise
-from taia.files import atomic_write, read_json, refuse_existing, refuse_overlap, staged_folder
+from taia.files import (
+    atomic_write,
+    read_json,
+    refuse_existing,
+    refuse_gguf_name,
+    refuse_overlap,
+    staged_folder,
+)
 from taia.hashing import with_digests
 from taia.pieces import pieces
 from taia.plan import Origin, Plan, plan
@@ -116,6 +123,7 @@ def extract(
     destination, selection = Path(out), Selection.parse(keep)
     if rank is not None and rank < 1:
         raise SelectionError(f"a rank of {rank}: the least is 1")
+    refuse_gguf_name(destination)
     refuse_existing(destination, overwrite=overwrite)
     if resolve(tuned, headers_only=True).form is Form.ADAPTER:
         raise MismatchError(f"{tuned}: is an adapter already; --extract is for checkpoints")
@@ -154,6 +162,8 @@ def _write(
     copy_companions(planned.tuned.path, folder, TOKENIZER_FILES)
     atomic_write(folder / "README.md", _card(title, planned, rank, rows, whole))
     receipt = _receipt(planned, folder)
+    for source in (planned.base, planned.tuned):
+        source.refuse_changed()
     receipt.write(folder)
     return Extraction(rank, rows, whole, receipt)
 

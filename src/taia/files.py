@@ -143,6 +143,9 @@ def refuse_existing(out: Path, *, overwrite: bool = False) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out}: exists and is not a folder")
+    if os.path.ismount(out):
+        raise OutputError(f"{out}: is a mounted file system, so it cannot be put in place as a "
+                          "whole; name a folder inside it")  # fmt: skip
     if any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; name another folder or use --overwrite")
 
@@ -154,6 +157,12 @@ def refuse_name(out: Path) -> None:
         out.exists()
     except (OSError, ValueError) as error:
         raise OutputError(f"{str(out)[:200]}: not a name for a file or folder: {error}") from error
+
+
+def refuse_gguf_name(out: Path) -> None:
+    """Raise OutputError for a folder that is to be called as a GGUF file is."""
+    if out.suffix == ".gguf":
+        raise OutputError(f"{out}: a GGUF file comes of two GGUF files; name a folder")
 
 
 def refuse_overlap(out: Path, *sources: Path) -> None:
@@ -168,8 +177,11 @@ def refuse_overlap(out: Path, *sources: Path) -> None:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Raise OutputError if the file system of `out` has less than `needed` bytes free."""
-    folder = out.absolute()
+    """Raise OutputError if the file system of `out` has less than `needed` bytes free.
+
+    What is at `out` does not matter: a new one is written beside it.
+    """
+    folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
     free = _free(folder)

@@ -3,6 +3,7 @@
 Where every byte belongs is known beforehand, so the output is the same whatever thread
 writes what. Memory is bounded by the threads, not by the model. The system lets one thread at
 a time write to a file, so while one copies another tells the disk to begin with what is copied.
+Where they are written past the page cache (`taia.direct`) all threads write at once.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from pathlib import Path
 from threading import Lock
 
 from taia.copying import copy_range, create, start_writing, write_all
+from taia.direct import DirectFile
 from taia.holes import refuse_hole
 from taia.pieces import Blend, Copy, Merge, Parted, Piece
 from taia.shards import Shard
 from taia.untrusted import open_regular
-from taia.workers import nothing, on_all_cores
+from taia.workers import cores, nothing, on_all_cores
 
 __all__ = ["fill"]
 
 STEP = 16 * 1024 * 1024
 """Bytes that a thread writes before it takes the next: enough to be fast, few enough to stop."""
+
+QUEUE = 4
+"""Threads at least where each waits for the disk by itself."""
 
 
 @dataclass(slots=True)
@@ -59,14 +64,6 @@ class Task:
     steps: list[Step]
 
 
-@dataclass(frozen=True, slots=True)
-class Locks:
-    """What one thread at a time does: copy to each of the files; hold a whole matrix."""
-
-    copying: Mapping[str, Lock]
-    merging: Lock
-
-
 def ignore(written: int) -> None:
     """Tell nobody."""
 
@@ -79,22 +76,27 @@ def fill(
     meanwhile: Callable[[], object] = nothing,
     on_written: Callable[[int], object] = ignore,
     threads: int | None = None,
+    direct: bool = False,
 ) -> None:
     """Create the files of `shards` in `folder` and fill them; the disk is then busy with them.
 
     The calling thread does `meanwhile` first, while others already write; it tells
-    `on_written` how many bytes were written since it last did.
+    `on_written` how many bytes were written since it last did. `direct`: past the page cache.
     """
     for shard in shards:
         create(folder / shard.name, shard.size, shard.header)
     tasks = [task for shard in shards for task in _tasks(shard, parts)]
-    locks = Locks({shard.name: Lock() for shard in shards}, Lock())
-    counting = Lock()
+    if direct:
+        threads = threads or max(QUEUE, cores())
+    copying = {shard.name: Lock() for shard in shards}
+    merging, counting = Lock(), Lock()  # a merge holds a whole matrix
     untold = sum(len(shard.header) for shard in shards)
 
     def work(task: Task) -> None:
         nonlocal untold
-        written = _carry_out(task, folder / task.file, locks)
+        path = folder / task.file
+        target = DirectFile(path) if direct else CachedFile(path, copying[task.file])
+        written = _carry_out(task, target, merging)
         with counting:
             untold += written
 
@@ -153,33 +155,66 @@ def _split(whole: Range) -> Iterator[Range]:
         done += length
 
 
-def _carry_out(task: Task, path: Path, locks: Locks) -> int:
-    """Write what a task says, and let the disk begin with it. Returns its bytes."""
+class CachedFile:
+    """A file that is there, to be written through the page cache; for one thread.
+
+    Only one thread at a time is let copy to a file, and only the one that has `lock` tries.
+    """
+
+    def __init__(self, path: Path, lock: Lock) -> None:
+        self._file = path.open("r+b", buffering=0)
+        self._lock = lock
+        self._begin: int | None = None
+        self._written = 0
+
+    def __enter__(self) -> CachedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None and self._begin is not None:
+                start_writing(self._file, self._begin, self._written)
+
+    def copy(self, source: FileIO, start: int, to: int, length: int) -> None:
+        """Write bytes of `source`."""
+        with self._lock:
+            copy_range(source, self._file, start, to, length)
+        self._count(to, length)
+
+    def write(self, data: bytes, to: int) -> None:
+        """Write bytes from memory."""
+        self._file.seek(to)
+        write_all(self._file, data)
+        self._count(to, len(data))
+
+    def _count(self, to: int, length: int) -> None:
+        self._begin = to if self._begin is None else self._begin
+        self._written += length
+
+
+def _carry_out(task: Task, opened: CachedFile | DirectFile, merging: Lock) -> int:
+    """Write what a task says. Returns its bytes."""
     sources: dict[Path, FileIO] = {}
     written = 0
-    with ExitStack() as opened:
-        target = opened.enter_context(path.open("r+b", buffering=0))
+    with ExitStack() as stack, opened as target:
         for step in task.steps:
             if isinstance(step, Computed):
-                with locks.merging if isinstance(step.piece, Merge) else nullcontext():
+                with merging if isinstance(step.piece, Merge) else nullcontext():
                     written += _compute(step, target)
                 continue
             if step.source not in sources:
-                sources[step.source] = opened.enter_context(open_regular(step.source))
+                sources[step.source] = stack.enter_context(open_regular(step.source))
             refuse_hole(step.source, step.start, step.start + step.length)
-            with locks.copying[task.file]:
-                copy_range(sources[step.source], target, step.start, step.to, step.length)
+            target.copy(sources[step.source], step.start, step.to, step.length)
             written += step.length
-        start_writing(target, task.steps[0].to, written)
     return written
 
 
-def _compute(step: Computed, target: FileIO) -> int:
+def _compute(step: Computed, target: CachedFile | DirectFile) -> int:
     """Write what one step computes; returns its bytes."""
     written = 0
-    target.seek(step.to)
     for chunk in _chunks(step):
-        write_all(target, chunk)
+        target.write(chunk, step.to + written)
         written += len(chunk)
     return written
 

@@ -24,6 +24,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from taia.errors import RecipeError, TaiaError
+from taia.packed import packed
 from taia.slots import (
     Slots,
     decoding,
@@ -104,7 +105,7 @@ def generate(
     steady = max(len(text.prompt) + text.budget for text in texts) <= steady_length(inner)
     write = _in_slots if steady and _suits(model, inner) else _by_transformers
     count = slots if steady else 1  # side by side, a long text would change the short ones
-    with _undisturbed(model), decoding(inner):
+    with _undisturbed(model), decoding(inner), packed(inner):
         for text in write(model, inner, waiting, count, temperature):
             text.written = tokenizer.decode(text.tokens, skip_special_tokens=True)
             for one in filter(None, text.stop):

@@ -271,10 +271,13 @@ def mirror_at(folder: Path) -> Mirror | None:
 
 def is_incomplete(folder: Path) -> bool:
     """Whether `folder` is a mirror that has holes where weights belong."""
-    if not (folder / MIRROR_MARKER).is_file():
+    marker = folder / MIRROR_MARKER
+    if not marker.is_file():
         return False
-    stated = read_json(folder / MIRROR_MARKER)["weights"]
-    weights = {name: Stated(**fields) for name, fields in stated.items()}
+    try:
+        weights = {name: Stated(**some) for name, some in read_json(marker)["weights"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{marker}: broken; remove it if all weights are there") from error
     return not Mirror(None, folder, weights).is_whole()  # type: ignore[arg-type]
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["HttpRemote", "first_line", "http_remote", "without_secrets"]
 
 CONNECTIONS = 8
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRIED = frozenset({408, 425, 429, *range(500, 600)} - {501, 505, 506, 508, 510, 511})
+"""Answers that another attempt may not get. Those taken out say that it will."""
 REFUSED = {401: "a login is needed", 403: "access is refused", 451: "access is refused by law"}
 
 NAMES = (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from taia.adapter import (
+    CONFIG,
     WEIGHTS,
     Adapter,
     addresses_of,
@@ -32,7 +33,13 @@ from taia.changes import Change, Shapes, Sliced, stored
 from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.errors import MismatchError
 from taia.experts import Experts
-from taia.files import atomic_write, refuse_existing, refuse_overlap, staged_folder
+from taia.files import (
+    atomic_write,
+    refuse_existing,
+    refuse_gguf_name,
+    refuse_overlap,
+    staged_folder,
+)
 from taia.fused import Parts
 from taia.hashing import with_digests
 from taia.holes import MIRROR_MARKER
@@ -55,8 +62,6 @@ from taia.writing import (
 
 __all__ = ["portable_config", "slice_adapter", "sliced_tensors"]
 
-CONFIG = "adapter_config.json"
-
 
 def slice_adapter(
     adapter: str | Path | Source,
@@ -75,6 +80,7 @@ def slice_adapter(
     """
     destination = Path(out)
     selection = Selection.parse(keep)
+    refuse_gguf_name(destination)
     refuse_existing(destination, overwrite=overwrite)
     whole = read_adapter(adapter)
     base = resolve(base, headers_only=True) if base else None
@@ -98,6 +104,7 @@ def slice_adapter(
         )
         atomic_write(folder / "README.md", text)
         receipt = _receipt(folder, whole, base, selection, entries)
+        whole.refuse_changed()
         receipt.write(folder)
     return receipt
 
@@ -114,7 +121,7 @@ def _decided(
     adapter: Adapter, selection: Selection, base: str | Path | Source | None
 ) -> tuple[Adapter, dict[str, Address], dict[str, float]]:
     """The adapter on its base; addresses and strengths of the weights that it changes, by name."""
-    model_type, layers = architecture_of(adapter, base)
+    model_type, layers, config = architecture_of(adapter, base)
     adapter = adapter.of(model_type)
     checkpoint = None
     if base is not None and resolve(base, headers_only=True).form is Form.CHECKPOINT:
@@ -122,7 +129,7 @@ def _decided(
         shapes = shapes_of(checkpoint)
         adapter = adapter.of(model_type, shapes)
         _refuse_misfit(unstack(checkpoint, adapter), checkpoint, shapes)
-    addresses = addresses_of(adapter, model_type)
+    addresses = addresses_of(adapter, model_type, config)
     rows: dict[str, Parts] = {}
     strengths = kept_strengths(adapter, addresses, selection, layers, rows=rows)
     if rows:
@@ -324,7 +331,7 @@ def _receipt(
 ) -> Receipt:
     others = [f.name for f in sorted(folder.iterdir()) if f.name not in (WEIGHTS, RECEIPT)]
     named = adapter.settings.base_model_name_or_path
-    if base is None and architecture_of(adapter) != (None, None):
+    if base is None and architecture_of(adapter).model_type is not None:
         base = named  # relative to where it was named; the receipt makes it absolute
     found = None if base is None else resolve(base, headers_only=True)
     return Receipt(

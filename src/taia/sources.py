@@ -146,11 +146,14 @@ def _without_holes(source: Source) -> Source:
 
 
 def _form_of_folder(path: Path) -> Form:
-    if (path / "adapter_config.json").is_file():
-        return Form.ADAPTER
-    if (path / "config.json").is_file():
-        return Form.CHECKPOINT
-    ggufs = sorted(path.glob("*.gguf"))
+    try:
+        if (path / "adapter_config.json").is_file():
+            return Form.ADAPTER
+        if (path / "config.json").is_file():
+            return Form.CHECKPOINT
+        ggufs = sorted(path.glob("*.gguf"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
     hint = f"; to use its GGUF file name {ggufs[0]}" if ggufs else ""
     raise SourceError(
         f"{path}: not a model: neither config.json nor adapter_config.json is in it{hint}"

@@ -1,7 +1,8 @@
 """Carry a plan out: a new checkpoint from the bytes of two.
 
 Where the strength is 0 or 1 the bytes of a tensor are copied from base or tuned without
-being decoded; neighbours in one file are copied in one go, inside the kernel. Elsewhere
+being decoded; neighbours in one file are copied in one go, inside the kernel or, where the
+output is large, past the page cache (`taia.direct`). Elsewhere
 base + strength * delta is computed in float32, a bounded chunk at a time. No torch, and
 memory does not grow with the model.
 
@@ -17,10 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from taia import direct
 from taia.checkpoint import SINGLE, Checkpoint
 from taia.downloads import Download
-from taia.errors import OutputError, SourceError
-from taia.files import check_room, refuse_existing, refuse_overlap, staged_folder
+from taia.errors import SourceError
+from taia.files import (
+    check_room,
+    refuse_existing,
+    refuse_gguf_name,
+    refuse_overlap,
+    staged_folder,
+)
 from taia.filling import fill
 from taia.pieces import Copy, Merge, Piece, pieces
 from taia.plan import Plan, plan
@@ -86,8 +94,7 @@ def splice(
         return write_gguf(
             planned, destination, hash=hash, overwrite=overwrite, on_progress=on_progress
         )
-    if destination.suffix == ".gguf":
-        raise OutputError(f"{out}: a GGUF file comes of two GGUF files; name a folder")
+    refuse_gguf_name(destination)
     refuse_existing(destination, overwrite=overwrite)
     if found.form is Form.ADAPTER and not merge:
         if size is not None:
@@ -144,6 +151,7 @@ def execute(
     download = Download(planned, {name: part.reads for name, part in parts.items()})
     progress = _Counter(download.size + to_write, on_progress)
     receipts: list[Receipt] = []
+    hashed = hash or bool(download.mirrors)
     with (
         download.fetched(out, to_write, progress.add, keep=keep_downloads),
         staged_folder(out, overwrite=overwrite) as folder,
@@ -156,17 +164,18 @@ def execute(
                 _write_the_rest(planned, folder, out.name, shards, entries)
             ),
             on_written=progress.add,
+            # what is hashed is read again at once, so it had better be in the page cache
+            direct=not hashed and direct.suits(folder, to_write),
         )
         receipt = receipts[0]
-        if hash or download.mirrors:
+        if hashed:
             from taia.hashing import with_digests
 
             receipt = replace(receipt, tensors=with_digests(folder, entries))
         else:
             receipt = replace(receipt, tensors=_with_merges(folder, entries, parts))
         for source in (planned.base, planned.tuned):
-            if isinstance(source, Checkpoint):
-                source.refuse_changed()
+            source.refuse_changed()
         receipt.write(folder)
     return receipt
 

@@ -83,6 +83,9 @@ class _Variant:
 class _Added:
     """Plain LoRA in one pass over the output, in place of PEFT's three."""
 
+    is_plain = True
+    """What it adds is a product of the factors and nothing else (`taia.packed` asks)."""
+
     def forward(self, module: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
         import torch
 

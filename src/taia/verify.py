@@ -37,6 +37,9 @@ __all__ = ["verify"]
 
 Note = Callable[[str], None]
 
+AT_ONCE = 16 * 1024 * 1024
+"""Bytes that are read at once: the system gives 2 GiB at the most."""
+
 
 def verify(out: str | Path, *, on_note: Note | None = None) -> Receipt:
     """Check an output folder or GGUF file against its receipt, and return the receipt.
@@ -309,7 +312,11 @@ def _equal(folder: Path, entry: Entry, chunks: Iterator[bytes]) -> bool:
     with open_regular(folder / entry.file) as file:
         file.seek(entry.start)
         for chunk in chunks:
-            if len(chunk) > left or file.read(len(chunk)) != chunk:
+            if len(chunk) > left:
                 return False
+            for first in range(0, len(chunk), AT_ONCE):
+                part = memoryview(chunk)[first : first + AT_ONCE]
+                if file.read(len(part)) != part:
+                    return False
             left -= len(chunk)
     return left == 0

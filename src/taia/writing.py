@@ -80,9 +80,10 @@ def copy_companions(
 
     unwanted = ("*.safetensors", *without)
     for file in sorted(source.iterdir()):
-        if matches(file.name, patterns) and not matches(file.name, unwanted) and file.is_file():
-            refuse_stray_link(file)
-            shutil.copyfile(file, folder / file.name)
+        if matches(file.name, patterns) and not matches(file.name, unwanted):
+            refuse_stray_link(file)  # one that leads nowhere as well
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:

@@ -95,9 +95,9 @@ def factored_norm(a: Array, b: Array, scale: float) -> float:
 
 def _adapter_pieces(adapter: Adapter, base: Source) -> Iterator[_Piece]:
     checkpoint = open_checkpoint(base) if base.form is Form.CHECKPOINT else None
-    model_type, _ = architecture_of(adapter, base)
+    model_type, _, config = architecture_of(adapter, base)
     adapter = adapter.of(model_type, None if checkpoint is None else shapes_of(checkpoint))
-    addresses = addresses_of(adapter, model_type)
+    addresses = addresses_of(adapter, model_type, config)
     _check_belongs(adapter, addresses, checkpoint, base)
     for module in adapter.modules.values():
         weight = None if checkpoint is None else checkpoint.tensors.get(module.weight)

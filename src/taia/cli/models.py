@@ -132,7 +132,9 @@ def splice(options: argparse.Namespace) -> None:
 
 def tell_note(note: str) -> None:
     """Print a note beside the output, which may be JSON."""
-    print(f"note: {note}", file=sys.stderr)
+    from taia.errors import printable
+
+    print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def rank(text: str) -> int | Literal["full"]:

@@ -44,6 +44,8 @@ def print_plan(planned: Plan) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
+    from taia.errors import printable
+
     table = Table(title=f"keep: {planned.selection}", title_justify="left")
     table.add_column("kind")
     for column in ("tensors", "parameters", "from base", "from tuned", "blended"):
@@ -57,7 +59,7 @@ def print_plan(planned: Plan) -> None:
     console = Console()
     console.print(table)
     for note in planned.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_explanation(explained: Explanation) -> None:
