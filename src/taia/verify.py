@@ -3,8 +3,9 @@
 The plan of the receipt is made again from the sources, every stream of bytes is made again,
 and each is compared with what stands on the disk: copied tensors side by side with the very
 bytes they were copied from, on all cores, blends by computing them again. Where the receipt
-holds digests (`--hash`) the sources are not needed: each tensor is compared with its digest,
-and of sources that are there only the headers are read.
+holds digests (`--hash`) the sources are not needed: each tensor is compared with its digest. Of
+checkpoints that are there no more is then read than tells the output from them; adapters,
+extractions and GGUF files are compared with them as without digests.
 
 Found: a flipped bit, a missing or additional tensor or file, a changed header, an altered
 receipt, sources that changed after the splice, a tie between embedding and head that is

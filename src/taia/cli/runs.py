@@ -73,6 +73,10 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16,
         help="examples a step, over all devices (default: 16)",
     )  # fmt: skip
+    add("--per-device-batch-size", type=int, help="of which so many are in memory at once")
+    add("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: 0.03)")
+    add("--scheduler", default="cosine", help="of the learning rate (default: cosine)")
+    add("--weight-decay", type=float, default=0.0, help="of AdamW (default: 0)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--max-length", type=int, default=3072, help="tokens an example, at most (default: 3072)")
     add(
@@ -179,7 +183,9 @@ def _train_options(options: argparse.Namespace) -> TrainResult:
         penalty=_once(options.penalty), fisher_data=options.fisher_data,
         fisher_examples=options.fisher_examples,
         learning_rate=options.learning_rate, epochs=options.epochs, max_steps=options.max_steps,
-        batch_size=options.batch_size, max_length=options.max_length, dtype=options.dtype,
+        batch_size=options.batch_size, per_device_batch_size=options.per_device_batch_size,
+        warmup_ratio=options.warmup_ratio, scheduler=options.scheduler,
+        weight_decay=options.weight_decay, max_length=options.max_length, dtype=options.dtype,
         packing=options.packing, self_distill=options.self_distill,
         max_examples=options.max_examples, save_steps=options.save_steps,
         validation=options.validation, validate_steps=options.validate_steps,

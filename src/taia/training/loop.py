@@ -100,8 +100,8 @@ def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise RecipeError(
-            "the device has not enough memory for this batch; set per_device_batch_size lower "
-            "(a step still sees the whole batch) or max_length"
+            "the device has not enough memory for this batch; set per_device_batch_size "
+            "(--per-device-batch-size) lower (a step still sees the whole batch) or max_length"
         ) from error
 
 
