@@ -300,6 +300,13 @@ def test_a_link_out_of_the_folder_is_refused(copies, tmp_path, name):
     refused(*copies, "a link that leads out of the model's folder")
 
 
+def test_a_linked_folder_beside_the_weights_is_passed_over(copies, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (copies[1] / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    taia.splice(*copies, copies[0].parent / "out")
+    assert not (copies[0].parent / "out" / "tokenizer").exists()
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
 def test_a_link_that_leads_nowhere_is_refused(copies, name):
     (copies[1] / name).unlink(missing_ok=True)

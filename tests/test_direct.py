@@ -19,7 +19,7 @@ from taia.copying import BLOCK, create, file_system
 from taia.direct import AT_LEAST, CHUNK, DirectFile, suits
 from taia.errors import CheckpointError
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
 
 
 def copied(folder: Path, first: int, lengths: list[int], starts: list[int], tail: int) -> None:

@@ -234,6 +234,7 @@ def test_another_backend_is_other_settings_and_other_versions_are_told(
     monkeypatch.setattr(job, "find_spec", lambda name: name)  # as if vLLM were there
     with pytest.raises(EvaluationError, match="backend: 'hf' then, 'vllm' now"):
         ask(out, adapter=adapter, variants=VARIANTS, backend="vllm")
+    assert stated.pop("backend") == "hf"  # as settings from before it was written down
     stated["versions"]["torch"] = "1.0"
     (out / "settings.json").write_text(json.dumps(stated))
     notes = []

@@ -269,6 +269,19 @@ def test_the_laws_of_selections(base, adapter, tmp_path):
         torch.testing.assert_close(logits(loaded), found[keep])
 
 
+@torch.inference_mode()
+def test_packed_weights_leave_a_mixture_what_it_is(base, adapter):
+    from taia.packed import packed
+
+    live = taia.attach(load_model(base, dtype="bfloat16"), adapter)
+    plain = logits(live.model)
+    with live.using("all"):
+        expected = logits(live.model)
+        with packed(live.model):
+            off = (logits(live.model) - expected).abs().mean()
+    assert off < 0.1 * (plain - expected).abs().mean()  # rounding: attention is plain LoRA
+
+
 def test_attention_alone_merges_and_a_mixture_does_not(base, adapter, tmp_path):
     taia.splice(base, adapter, tmp_path / "merged", keep="attention", merge=True)
     taia.verify(tmp_path / "merged")

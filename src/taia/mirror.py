@@ -394,7 +394,6 @@ def _write_small(
             file.write(chunk)
     if stated.sha256 and digest.hexdigest() != stated.sha256:
         partial.unlink()
-        raise SourceError(
-            f"{remote.text}: {name}: does not have the SHA-256 that the server states"
-        )
+        raise SourceError(f"{remote.text}: {name}: not of the SHA-256 that the server states")
+    os.utime(partial, (0, 0))  # as for weights: the same file again is no change of the model
     partial.replace(folder / name)

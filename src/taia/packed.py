@@ -71,7 +71,11 @@ def _weights(layer: Any) -> Weights | None:
     base = layer
     a = b = None
     if hasattr(layer, "lora_variant"):
-        base = layer.get_base_layer()
+        from peft.tuners.lora import Linear
+
+        if type(layer) is not Linear:  # a mixture, an embedding, ...; what is in it may be packed
+            return None
+        base = layer.base_layer
         active = (
             []
             if layer.disable_adapters

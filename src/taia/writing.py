@@ -80,10 +80,10 @@ def copy_companions(
 
     unwanted = ("*.safetensors", *without)
     for file in sorted(source.iterdir()):
-        if matches(file.name, patterns) and not matches(file.name, unwanted):
+        wanted = matches(file.name, patterns) and not matches(file.name, unwanted)
+        if wanted and not file.is_dir():
             refuse_stray_link(file)  # one that leads nowhere as well
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)
 
 
 def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:

@@ -32,7 +32,7 @@ __all__ = ["SCORING", "Cache", "open_cache", "others", "place"]
 SCORING = 3
 """Raised with every change of the code that can change an answer by more than rounding."""
 
-LIBRARIES = ("torch", "transformers", "lm_eval")
+LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 AT_ONCE = 500
 """Keys asked for in one statement."""
 

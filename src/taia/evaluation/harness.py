@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,7 +221,7 @@ def _cache(job: Job, variant: Variant, lm: HFLM) -> Iterator[Cache | None]:
         asked.tuned_form if own else None,
         variant.selection,
         asked.dtype,
-        job.backend,
+        job.backend if job.backend == "hf" else f"{job.backend} {version(job.backend)}",
         asked.tuned_identity if lent else None,  # its tokenizer reads the base's prompts
     )
     with open_cache(scope) as cache:

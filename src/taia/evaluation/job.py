@@ -232,6 +232,8 @@ def check_same(job: Job, before: Settings, *, resume: bool) -> None:
         raise OutputError(f"{job.out}: was evaluated before; use --overwrite to start over")
     now = job.asked
     ignored = {"tasks", "variants", "versions", "batch_size", "data", "base", "tuned"}
+    if not before.backend:
+        ignored.add("backend")
     differing = [
         f"{field.name}: {getattr(before, field.name)!r} then, {getattr(now, field.name)!r} now"
         for field in fields(Settings)

@@ -111,7 +111,7 @@ class Settings:
 
     `base_identity` and `tuned_identity` tell whether the files behind the names changed.
     `shots`: worked examples before each question; 0 in files from before there were any.
-    `backend`: what computed; files from before it was written down are transformers'.
+    `backend`: what computed; empty in files from before it was written down.
     """
 
     __pydantic_config__ = STRICT
@@ -131,7 +131,7 @@ class Settings:
     variants: tuple[Variant, ...]
     versions: dict[str, str]
     shots: int = 0
-    backend: str = "hf"
+    backend: str = ""
 
     def to_json(self) -> str:
         """The text of settings.json."""
@@ -263,7 +263,7 @@ def mending_command(settings: Settings, folder: Path) -> str:
         ("--dtype", settings.dtype, "bfloat16"),
         ("--seed", settings.seed, 0),
         ("--shots", settings.shots, 0),
-        ("--backend", settings.backend, "hf"),
+        ("--backend", settings.backend or "hf", "hf"),
     ):
         if value != usual:
             words += [option, str(value)]

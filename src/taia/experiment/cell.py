@@ -18,7 +18,7 @@ from taia.recipe import Recipe, place, place_data
 if TYPE_CHECKING:
     from taia.evaluation.catalogue import TaskSource
 
-__all__ = ["Cell", "check_inputs", "held_out_files", "make_cell", "training_options"]
+__all__ = ["Cell", "check_inputs", "check_tasks", "held_out_files", "make_cell", "training_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +113,26 @@ def check_inputs(cell: Cell) -> dict[str, str]:
     data = Path(cell.eval_data) if cell.eval_data is not None else None
     for task in find_tasks(scoring.tasks, data):
         inputs[f"evaluation data: {task.name}"] = task.sha256 or task.source
-        if scoring.shots or task.stated != task.name:  # lm-eval's own have their own ways to fail
-            _check_task(task, scoring.protocol, scoring.shots)
     return inputs
+
+
+def check_tasks(cell: Cell) -> None:
+    """Raise EvaluationError for tasks that can only be told by their data not to be askable so."""
+    from taia.evaluation.catalogue import find_tasks
+
+    scoring = cell.recipe.evaluate
+    data = Path(cell.eval_data) if cell.eval_data is not None else None
+    for task in find_tasks(scoring.tasks, data):
+        if scoring.shots or task.stated != task.name:  # worked examples, and what is lm-eval's own
+            _check_task(task, scoring.protocol, scoring.shots)
 
 
 @functools.cache
 def _check_task(task: TaskSource, protocol: str, shots: int) -> None:
-    """Raise EvaluationError for a task that cannot be asked so."""
     from taia.evaluation.catalogue import load_task
+    from taia.evaluation.examples import primary_metric
 
-    load_task(task, protocol=protocol, shots=shots)
+    primary_metric(load_task(task, protocol=protocol, shots=shots))
 
 
 def held_out_files(cell: Cell) -> list[str]:

@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 
 from taia.errors import EvaluationError, RecipeError, TaiaError
-from taia.experiment.cell import Cell, check_inputs, make_cell, training_options
+from taia.experiment.cell import Cell, check_inputs, check_tasks, make_cell, training_options
 from taia.experiment.lock import (
     FOLDER_MEND,
     begin,
@@ -147,10 +147,13 @@ def _tasks(
             cell = make_cell(one.recipe, shown, beside, out, one.name if sweep.axes else "")
             inputs = check_inputs(cell)
             lock = begin(cell, inputs, overwrite=overwrite)
+            new = overwrite or read_lock(out) is None
+            if new:
+                check_tasks(cell)
         except TaiaError as error:
             told.setdefault(str(error), []).append(error)
             continue
-        checked.append((cell, lock, overwrite or read_lock(out) is None))
+        checked.append((cell, lock, new))
     if told:
         raise _together(sweep, told)
     owners = _owners((cell, lock) for cell, lock, _ in checked)
