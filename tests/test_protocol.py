@@ -200,7 +200,6 @@ def test_any_other_task_of_lm_evals(tmp_path, monkeypatch):
     (tmp_path / "run" / "results" / "base" / "own.jsonl").unlink()
     evaluate(tmp_path / "base", tmp_path / "run", **options)  # found again, and not twice
     assert read_results(tmp_path / "run").examples == results.examples
-    evaluate(tmp_path / "base", tmp_path / "run", **options | {"tasks": [str(file)]})
     with pytest.raises(EvaluationError, match="lm-eval's own task"):
         evaluate(tmp_path / "base", tmp_path / "other", protocol="paper", **options)
     assert not (tmp_path / "other").exists()
