@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import taia
 from taia import direct, filling
 from taia.copying import BLOCK, create, file_system
-from taia.direct import AT_LEAST, CHUNK, DirectFile, suits
+from taia.direct import CHUNK, SHARE, DirectFile, suits
 from taia.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
@@ -148,7 +148,7 @@ def test_a_splice_past_the_page_cache_has_the_same_bytes(pair, tmp_path, monkeyp
     base, tuned = pair("llama", "bfloat16", shard="20KB")
     taia.splice(base, tuned, tmp_path / "usual", keep=keep)
     used = []
-    monkeypatch.setattr(direct, "AT_LEAST", 1)
+    monkeypatch.setattr(direct, "_memory", lambda: 0)
     monkeypatch.setattr(direct, "ON", {file_system(tmp_path)})
 
     def seen(path: Path) -> DirectFile:
@@ -168,7 +168,9 @@ def test_a_splice_past_the_page_cache_has_the_same_bytes(pair, tmp_path, monkeyp
 
 def test_only_large_outputs_and_known_file_systems_are_written_so(tmp_path, monkeypatch):
     monkeypatch.setattr(direct, "ON", {file_system(tmp_path)})
-    assert suits(tmp_path, AT_LEAST)
-    assert not suits(tmp_path, AT_LEAST - 1)
+    assert direct._memory() > 2**20
+    monkeypatch.setattr(direct, "_memory", lambda: 100 * SHARE)
+    assert suits(tmp_path, 101)
+    assert not suits(tmp_path, 100)
     monkeypatch.setattr(direct, "ON", {"another"})
-    assert not suits(tmp_path, AT_LEAST)
+    assert not suits(tmp_path, 101)

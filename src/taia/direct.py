@@ -22,10 +22,12 @@ from types import TracebackType
 from taia.copying import file_system, write_all
 from taia.errors import CheckpointError
 
-__all__ = ["AT_LEAST", "DirectFile", "suits"]
+__all__ = ["DirectFile", "suits"]
 
-AT_LEAST = 2**30
-"""Bytes of an output from which on it is written past the page cache."""
+SHARE = 8
+"""An output is large if it takes more than one part in so many of the memory: from about there on
+Linux holds writers back until the disk has taken what they wrote. What is smaller is written faster
+through the page cache, while the disk works behind it."""
 
 CHUNK = 2 * 1024 * 1024
 """Bytes of a buffer: some threads' worth keep a disk busy and are no memory to speak of."""
@@ -39,7 +41,12 @@ ON = frozenset({"ext4"})
 
 def suits(folder: Path, size: int) -> bool:
     """Whether an output of `size` bytes in `folder` is better written past the page cache."""
-    return size >= AT_LEAST and hasattr(os, "O_DIRECT") and file_system(folder) in ON
+    return hasattr(os, "O_DIRECT") and SHARE * size > _memory() and file_system(folder) in ON
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class DirectFile:
