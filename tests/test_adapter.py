@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
-import os
 import shutil
 from itertools import product
 from pathlib import Path
@@ -20,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import taia
-from taia import TaiaError
 from taia.adapter import addresses_of, read_adapter
 from taia.checkpoint import read_header
 from taia.kinds import Kind
@@ -366,45 +362,3 @@ def test_a_merge_verifies_where_products_are_summed_in_another_order(adapters, t
     changed(1e-3)
     with pytest.raises(taia.VerificationError, match="differs from its source"):
         taia.verify(out)
-
-
-@pytest.mark.parametrize("way", ["slice", "merge", "extract"])
-def test_a_source_that_is_saved_again_while_it_is_read_leaves_nothing(
-    pair, adapters, tmp_path, monkeypatch, way
-):
-    base, adapter = adapters("llama", "plain")
-    changing = adapter / "adapter_model.safetensors"
-    if way == "extract":
-        changing = pair("llama")[1] / "model.safetensors"
-    before = changing.stat()
-    name = {"slice": "taia.slicing", "merge": "taia.splice", "extract": "taia.extract"}[way]
-    module = importlib.import_module(name)
-    staged = module.staged_folder
-
-    @contextlib.contextmanager
-    def meanwhile(*arguments, **options):
-        with staged(*arguments, **options) as folder:
-            os.utime(changing, ns=(0, 0))
-            yield folder
-
-    def carry_out():
-        if way == "extract":
-            taia.extract(*pair("llama"), tmp_path / "out", 2)
-        else:
-            taia.splice(base, adapter, tmp_path / "out", merge=way == "merge")
-
-    monkeypatch.setattr(module, "staged_folder", meanwhile)
-    try:
-        with pytest.raises(TaiaError, match="changed while it was read"):
-            carry_out()
-        assert not any(tmp_path.iterdir())
-    finally:
-        os.utime(changing, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def test_a_folder_called_as_a_gguf_file_is_refused(adapters, pair, tmp_path):
-    with pytest.raises(TaiaError, match="name a folder"):
-        taia.slice_adapter(adapters("llama", "plain")[1], tmp_path / "out.gguf")
-    with pytest.raises(TaiaError, match="name a folder"):
-        taia.extract(*pair("llama"), tmp_path / "out.gguf", 2)
-    assert not any(tmp_path.iterdir())

@@ -252,18 +252,6 @@ def test_a_report_is_no_part_of_a_model(adapter, tmp_path):
     assert identity(resolve(tmp_path / "adapter")) == before == identity(resolve(adapter))
 
 
-def test_prompts_that_are_cut_are_told(caplog):
-    import logging
-
-    from taia.evaluation.quiet import quiet_lm_eval
-
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    with quiet_lm_eval():
-        logger.warning("Left truncation applied. Original sequence length was 9, to 5.")
-        logger.warning("something else")
-    assert [record.getMessage()[:4] for record in caplog.records] == ["Left"]
-
-
 def test_changed_data_is_other_settings(run, ask, adapter, data, tmp_path):
     out, other = tmp_path / "out", tmp_path / "data"
     shutil.copytree(run[0], out)

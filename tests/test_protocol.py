@@ -259,3 +259,15 @@ def test_the_papers_protocol_end_to_end(tmp_path):
     with pytest.raises(RecipeError, match="chat template"):
         evaluate(base, tmp_path / "bare", protocol="paper", **options)
     assert not (tmp_path / "bare").exists()
+
+
+def test_prompts_that_are_cut_are_told(caplog):
+    import logging
+
+    from taia.evaluation.quiet import quiet_lm_eval
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    with quiet_lm_eval():
+        logger.warning("Left truncation applied. Original sequence length was 9, to 5.")
+        logger.warning("something else")
+    assert [record.getMessage()[:4] for record in caplog.records] == ["Left"]
