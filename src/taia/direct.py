@@ -17,7 +17,6 @@ import mmap
 import os
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 from taia.copying import file_system, write_all
 from taia.errors import CheckpointError
@@ -65,11 +64,9 @@ class DirectFile:
     def __enter__(self) -> DirectFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if error is None:
+            if kind is None:
                 self._flush()
         finally:
             self._usual.close()

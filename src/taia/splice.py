@@ -2,9 +2,8 @@
 
 Where the strength is 0 or 1 the bytes of a tensor are copied from base or tuned without
 being decoded; neighbours in one file are copied in one go, inside the kernel or, where the
-output is large, past the page cache (`taia.direct`). Elsewhere
-base + strength * delta is computed in float32, a bounded chunk at a time. No torch, and
-memory does not grow with the model.
+output is large, past the page cache (`taia.direct`). Elsewhere base + strength * delta is
+computed in float32, a bounded chunk at a time. No torch, and memory does not grow with the model.
 
 The output keeps the base's shards and the order of their tensors, unless a shard size is
 given; everything that is not weights (configuration, tokenizer, chat template) is the tuned

@@ -18,7 +18,15 @@ from taia.recipe import Recipe, place, place_data
 if TYPE_CHECKING:
     from taia.evaluation.catalogue import TaskSource
 
-__all__ = ["Cell", "check_inputs", "check_tasks", "held_out_files", "make_cell", "training_options"]
+__all__ = [
+    "Cell",
+    "check_inputs",
+    "check_tasks",
+    "held_out_files",
+    "make_cell",
+    "tasks_of",
+    "training_options",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,6 @@ def training_options(cell: Cell) -> dict[str, Any]:
 
 def check_inputs(cell: Cell) -> dict[str, str]:
     """What goes in, by name, as a hash. Raises for anything that a later stage would refuse."""
-    from taia.evaluation.catalogue import find_tasks
     from taia.evaluation.harness import check_options
     from taia.evaluation.loracl import LORACL
     from taia.evaluation.variants import identity, parse_variants
@@ -110,19 +117,15 @@ def check_inputs(cell: Cell) -> dict[str, str]:
     variants = parse_variants(scoring.variants)
     _check_selections(cell, [one.selection for one in variants if one.selection != LORACL])
     inputs |= _training_inputs(cell) if cell.trains else _given_change(cell)
-    data = Path(cell.eval_data) if cell.eval_data is not None else None
-    for task in find_tasks(scoring.tasks, data):
+    for task in tasks_of(cell):
         inputs[f"evaluation data: {task.name}"] = task.sha256 or task.source
     return inputs
 
 
 def check_tasks(cell: Cell) -> None:
     """Raise EvaluationError for tasks that can only be told by their data not to be askable so."""
-    from taia.evaluation.catalogue import find_tasks
-
     scoring = cell.recipe.evaluate
-    data = Path(cell.eval_data) if cell.eval_data is not None else None
-    for task in find_tasks(scoring.tasks, data):
+    for task in tasks_of(cell):
         if scoring.shots or task.stated != task.name:  # worked examples, and what is lm-eval's own
             _check_task(task, scoring.protocol, scoring.shots)
 
@@ -137,10 +140,15 @@ def _check_task(task: TaskSource, protocol: str, shots: int) -> None:
 
 def held_out_files(cell: Cell) -> list[str]:
     """The local files of the tasks: what the training data should not hold."""
+    return [task.source for task in tasks_of(cell) if task.sha256]
+
+
+def tasks_of(cell: Cell) -> tuple[TaskSource, ...]:
+    """The tasks that a cell evaluates, found and checked. Raises EvaluationError."""
     from taia.evaluation.catalogue import find_tasks
 
     data = Path(cell.eval_data) if cell.eval_data is not None else None
-    return [task.source for task in find_tasks(cell.recipe.evaluate.tasks, data) if task.sha256]
+    return find_tasks(cell.recipe.evaluate.tasks, data)
 
 
 def _training_inputs(cell: Cell) -> dict[str, str]:

@@ -32,8 +32,8 @@ from rich.console import Console
 from taia import __version__
 from taia.errors import ClusterError, DependencyError, TaiaError
 from taia.experiment.cell import Cell
-from taia.experiment.lock import LOCK, finish_stage, forget_after, remove
-from taia.experiment.parts import PARTS, gather, parts_of, score_part
+from taia.experiment.lock import LOCK, finish_stage, forget_after
+from taia.experiment.parts import gather, parts_of, score_part
 from taia.experiment.stages import CellTask, share_training, stages, undone
 from taia.recipe import Need, Resources
 
@@ -251,7 +251,6 @@ def _close(task: CellTask, console: Console) -> None:
         if name == "evaluate":
             gather(cell)
         by_name[name](cell, quiet)
-        remove(cell.out / PARTS)
         finish_stage(cell, lock, name, {"seconds": round(time.monotonic() - start, 1)})
     console.print(f"[bold]{cell.name or 'run'}[/bold]: complete", highlight=False)
 

@@ -10,24 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from taia.experiment.cell import Cell
+from taia.experiment.cell import Cell, tasks_of
 from taia.experiment.lock import remove
-from taia.experiment.stages import evaluation
+from taia.experiment.stages import PARTS, evaluation
 from taia.files import atomic_write
 
 __all__ = ["PARTS", "gather", "parts_of", "score_part"]
 
-PARTS = "parts"
-
 
 def parts_of(cell: Cell) -> list[tuple[str, str]]:
     """Every variant, as the recipe states it, with every task by the name that finds it."""
-    from taia.evaluation.catalogue import find_tasks
-
-    stated = cell.recipe.evaluate
-    data = Path(cell.eval_data) if cell.eval_data is not None else None
-    tasks = [task.stated for task in find_tasks(stated.tasks, data)]
-    return [(variant, task) for variant in stated.variants for task in tasks]
+    tasks = [task.stated for task in tasks_of(cell)]
+    return [(variant, task) for variant in cell.recipe.evaluate.variants for task in tasks]
 
 
 def score_part(cell: Cell, variant: str, task: str) -> None:

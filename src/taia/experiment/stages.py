@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from taia.evaluation.harness import Progress
 
 __all__ = [
+    "PARTS",
     "CellTask",
     "Stage",
     "carry_out",
@@ -40,6 +41,10 @@ __all__ = [
     "trained",
     "undone",
 ]
+
+
+PARTS = "parts"
+"""Where a run on a cluster keeps what its tasks scored until it is put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +195,7 @@ def _evaluate(cell: Cell, console: Console) -> None:
             console.print(f"  {progress.variant}: {progress.task}")
 
     evaluate(cell.base, cell.out, **evaluation(cell), on_progress=told)
-    remove(cell.out / "parts")  # of a run that was begun on a cluster
+    remove(cell.out / PARTS)
 
 
 def _report(cell: Cell, _: Console) -> None:
