@@ -1,15 +1,16 @@
 """Time and memory of `taia splice` on synthetic Llama checkpoints, beside cp and mergekit.
 
     python benchmarks/large.py [--layers 8 24] [--repeats 3] [--folder DIR] [--no-mergekit]
-                               [--limit 600]
+                               [--state warm cold] [--limit 600]
 
 Layers of the 7B shape in bfloat16: 8 of them are 3.8 GB, 24 are 10 GB, and a base, a tuned model
 and an output stand on the disk at a time. Every tool runs in a process of its own, in turns,
-the output removed and nothing waiting to be written. Where the two models fit into a third of
-the memory both are read beforehand, so that all tools find them in the page cache; else both
-are put out of it. The median counts, and the spread is printed. `cp` leaves its bytes in the
-cache, taia waits until they are on the disk: `cp and sync` does so too. Every measurement is told
-as it comes; a command is given `--limit` seconds, and one that needs more is not tried again.
+the output removed and nothing waiting to be written. "warm": both models are read beforehand, so
+that every tool finds in the page cache what the memory holds of them, as after a download or a
+training. "cold": both are put out of it, so that the disk decides. The median counts, and the
+spread is printed. `cp` leaves its bytes in the cache, taia waits until they are on the disk:
+`cp and sync` does so too. Every measurement is told as it comes; a command is given `--limit`
+seconds, and one that needs more is not tried again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from measuring import TAIA, cool, files_of, memory, run, table, warm
 
 HIDDEN, INNER, WORDS = 4096, 11008, 32000
 SHARD = 5 * 10**9
+STATES = ["warm", "cold"]
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -118,12 +120,14 @@ def tools(folder: Path, with_mergekit: bool) -> dict[str, list[str]]:
 
 
 def measure(
-    folder: Path, repeats: int, with_mergekit: bool, limit: float | None
+    folder: Path, state: str, repeats: int, with_mergekit: bool, limit: float | None
 ) -> tuple[str, str]:
     """A line about the run, and its table."""
     models = [folder / "base", folder / "tuned"]
     total = sum(file.stat().st_size for file in files_of(models))
-    prepare, state = (warm, "in") if total < memory() / 3 else (cool, "out of")
+    if state == "warm" and total > memory():
+        return f"{total / 2e9:.1f} GB: the memory does not hold both models", ""
+    prepare = {"warm": warm, "cold": cool}[state]
     seen: dict[str, list[tuple[float, float]]] = {}
     for turn in range(repeats):
         for name, command in tools(folder, with_mergekit).items():
@@ -135,7 +139,9 @@ def measure(
             prepare(models)
             taken, peak, _ = run(command, limit)
             seen.setdefault(name, []).append((taken, peak))
-            print(f"turn {turn + 1}: {name}: {taken:.2f} s, {peak:.0f} MiB", file=sys.stderr)
+            print(
+                f"{state}, turn {turn + 1}: {name}: {taken:.2f} s, {peak:.0f} MiB", file=sys.stderr
+            )
     shutil.rmtree(folder / "out", ignore_errors=True)
     seconds = {name: statistics.median(t for t, _ in runs) for name, runs in seen.items()}
     rows = {
@@ -145,20 +151,20 @@ def measure(
             "to": f"{max(t for t, _ in runs):.2f}",
             "ratio to cp": f"{seconds[name] / seconds['cp']:.2f}",
             "ratio to cp and sync": f"{seconds[name] / seconds['cp and sync']:.2f}",
+            "ratio to taia": f"{seconds[name] / seconds['taia splice attention']:.2f}",
             "peak MiB": f"{max(m for _, m in runs):.0f}",
         }
         for name, runs in seen.items()
     }
-    return (
-        f"{total / 2e9:.1f} GB, median of {repeats}, both models {state} the page cache",
-        table(rows),
-    )
+    there = {"warm": "read beforehand", "cold": "out of the page cache"}[state]
+    return f"{total / 2e9:.1f} GB, median of {repeats}, both models {there}", table(rows)
 
 
 def main() -> None:
     """Make the models, measure, print a table a size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 24])
+    parser.add_argument("--state", nargs="+", choices=STATES, default=STATES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the models are made; a temporary one")
     parser.add_argument("--no-mergekit", action="store_true")
@@ -179,8 +185,11 @@ def main() -> None:
                 # in a process of its own: a child's peak memory counts from its parent's
                 words = ["--make", str(folder / model), str(layers), str(seed)]
                 subprocess.run([sys.executable, __file__, *words], check=True)
-            line, rows = measure(folder, options.repeats, not options.no_mergekit, options.limit)
-        print(f"{layers} layers of the 7B shape, {line}\n\n{rows}\n", flush=True)
+            for state in options.state:
+                line, rows = measure(
+                    folder, state, options.repeats, not options.no_mergekit, options.limit
+                )
+                print(f"{layers} layers of the 7B shape, {line}\n\n{rows}\n", flush=True)
 
 
 if __name__ == "__main__":

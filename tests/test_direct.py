@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import taia
 from taia import direct, filling
+from taia.cold import Reader
 from taia.copying import BLOCK, create, file_system
 from taia.direct import CHUNK, SHARE, DirectFile, suits
 from taia.errors import CheckpointError
@@ -34,11 +35,7 @@ def copied(folder: Path, first: int, lengths: list[int], starts: list[int], tail
     target = folder / "target"
     target.unlink(missing_ok=True)
     create(target, first + len(whole) + tail, b"")
-    with (
-        (folder / "0").open("rb", buffering=0) as zero,
-        (folder / "1").open("rb", buffering=0) as one,
-        DirectFile(target) as file,
-    ):
+    with Reader(folder / "0") as zero, Reader(folder / "1") as one, DirectFile(target) as file:
         to = first
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if number % 3 == 2:
@@ -102,7 +99,7 @@ def test_a_source_that_ends_early_is_an_error(tmp_path):
     (tmp_path / "source").write_bytes(b"short")
     create(tmp_path / "target", 100, b"")
     with (
-        (tmp_path / "source").open("rb", buffering=0) as source,
+        Reader(tmp_path / "source") as source,
         DirectFile(tmp_path / "target") as file,
         pytest.raises(CheckpointError, match="source: became shorter while it was read"),
     ):
@@ -130,13 +127,10 @@ def test_several_threads_write_neighbouring_places(tmp_path):
     (tmp_path / "source").write_bytes(content)
     create(tmp_path / "target", size, b"")
     ends = sorted(random.Random(3).sample(range(1, size), pieces - 1))
-    with (
-        (tmp_path / "source").open("rb", buffering=0) as source,
-        ThreadPoolExecutor(8) as threads,
-    ):
+    with ThreadPoolExecutor(8) as threads:
 
         def write(place: tuple[int, int]) -> None:
-            with DirectFile(tmp_path / "target") as file:
+            with Reader(tmp_path / "source") as source, DirectFile(tmp_path / "target") as file:
                 file.copy(source, place[0], place[0], place[1] - place[0])
 
         list(threads.map(write, zip([0, *ends], [*ends, size], strict=True)))
@@ -148,7 +142,7 @@ def test_a_splice_past_the_page_cache_has_the_same_bytes(pair, tmp_path, monkeyp
     base, tuned = pair("llama", "bfloat16", shard="20KB")
     taia.splice(base, tuned, tmp_path / "usual", keep=keep)
     used = []
-    monkeypatch.setattr(direct, "_memory", lambda: 0)
+    monkeypatch.setattr(direct, "memory", lambda: 0)
     monkeypatch.setattr(direct, "ON", {file_system(tmp_path)})
 
     def seen(path: Path) -> DirectFile:
@@ -168,8 +162,8 @@ def test_a_splice_past_the_page_cache_has_the_same_bytes(pair, tmp_path, monkeyp
 
 def test_only_large_outputs_and_known_file_systems_are_written_so(tmp_path, monkeypatch):
     monkeypatch.setattr(direct, "ON", {file_system(tmp_path)})
-    assert direct._memory() > 2**20
-    monkeypatch.setattr(direct, "_memory", lambda: 100 * SHARE)
+    assert direct.memory() > 2**20
+    monkeypatch.setattr(direct, "memory", lambda: 100 * SHARE)
     assert suits(tmp_path, 101)
     assert not suits(tmp_path, 100)
     monkeypatch.setattr(direct, "ON", {"another"})

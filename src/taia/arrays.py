@@ -7,7 +7,6 @@ needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taia.checkpoint import Tensor
+from taia.cold import Reader
 from taia.errors import CheckpointError, MismatchError
 from taia.holes import refuse_hole
 
@@ -128,6 +128,8 @@ def blended_chunks(
     strength: float,
     first: int,
     count: int,
+    *,
+    cold: bool = False,
 ) -> Iterator[bytes]:
     """The bytes of elements `[first, first + count)` of a blend, CHUNK elements at a time."""
     refuse_hole(base_path, base.start, base.stop)
@@ -135,24 +137,25 @@ def blended_chunks(
     size = min(CHUNK, count)
     old, new = np.empty(size, DTYPES[base.dtype]), np.empty(size, DTYPES[tuned.dtype])
     scratch = Scratch(size, old.dtype, new.dtype)
-    with base_path.open("rb", buffering=0) as olds, tuned_path.open("rb", buffering=0) as news:
-        olds.seek(base.start + first * old.itemsize)
-        news.seek(tuned.start + first * new.itemsize)
+    with Reader(base_path, cold=cold) as olds, Reader(tuned_path, cold=cold) as news:
         for done in range(0, count, CHUNK):
-            part = slice(0, min(CHUNK, count - done))
-            _fill(old[part], olds)
-            _fill(new[part], news)
+            part, left = slice(0, min(CHUNK, count - done)), count - done
+            _fill(old[part], olds, base.start + (first + done) * old.itemsize, left)
+            _fill(new[part], news, tuned.start + (first + done) * new.itemsize, left)
             yield blend(old[part], new[part], strength, scratch).tobytes()
 
 
-def _fill(values: Array, file: FileIO) -> None:
-    """Read the next elements of a file. Raises CheckpointError if it ends before."""
-    view = values.view(np.uint8).data
+def _fill(values: Array, source: Reader, start: int, soon: int) -> None:
+    """Read the elements that begin at byte `start`; `soon` elements from there are read in turn.
+
+    Raises CheckpointError if the file ends before.
+    """
+    view, ahead = values.view(np.uint8).data, soon * values.itemsize
     while view:
-        read = file.readinto(view)
+        read = source.read_into(view, start, ahead)
         if not read:
-            raise CheckpointError(f"{file.name!s}: became shorter while it was read")
-        view = view[read:]
+            raise CheckpointError(f"{source.file.name!s}: became shorter while it was read")
+        view, start, ahead = view[read:], start + read, ahead - read
 
 
 def encode(values: Array, dtype: str, strength: float = 1) -> bytes:

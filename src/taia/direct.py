@@ -18,6 +18,7 @@ import os
 from io import FileIO
 from pathlib import Path
 
+from taia.cold import BLOCK, Reader, memory
 from taia.copying import file_system, write_all
 from taia.errors import CheckpointError
 
@@ -31,21 +32,13 @@ through the page cache, while the disk works behind it."""
 CHUNK = 2 * 1024 * 1024
 """Bytes of a buffer: some threads' worth keep a disk busy and are no memory to speak of."""
 
-BLOCK = max(mmap.PAGESIZE, 4096)
-"""What a disk writes from memory begins, and ends, at a multiple of it."""
-
 ON = frozenset({"ext4"})
 """File systems that this is for. XFS and btrfs share blocks instead, which is faster still."""
 
 
 def suits(folder: Path, size: int) -> bool:
     """Whether an output of `size` bytes in `folder` is better written past the page cache."""
-    return hasattr(os, "O_DIRECT") and SHARE * size > _memory() and file_system(folder) in ON
-
-
-def _memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return hasattr(os, "O_DIRECT") and SHARE * size > memory() and file_system(folder) in ON
 
 
 class DirectFile:
@@ -72,13 +65,13 @@ class DirectFile:
             self._usual.close()
             self._straight.close()
 
-    def copy(self, source: FileIO, start: int, to: int, length: int) -> None:
+    def copy(self, source: Reader, start: int, to: int, length: int) -> None:
         """Write bytes of `source`. Raises CheckpointError if it ends before that."""
         while length:
             room = self._room(to, length)
-            count = os.preadv(source.fileno(), [room], start)
+            count = source.read_into(room, start, length)
             if not count:
-                raise CheckpointError(f"{source.name!s}: became shorter while it was read")
+                raise CheckpointError(f"{source.file.name!s}: became shorter while it was read")
             self._end += count
             start, to, length = start + count, to + count, length - count
 

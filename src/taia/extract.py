@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from taia.adapter import WEIGHTS
+from taia.adapter import CONFIG, WEIGHTS
 from taia.arrays import DTYPES, Array, read_array, widen
 from taia.card import card
 from taia.changes import PREFIX
@@ -157,7 +157,7 @@ def _write(
     rows = _write_weights(folder, targets, rank, told)
     whole = tuple(targets.whole)
     config = _config(planned, targets, rank)
-    atomic_write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     atomic_write(folder / ERRORS, json.dumps(_as_json(rank, rows, whole), indent=1) + "\n")
     copy_companions(planned.tuned.path, folder, TOKENIZER_FILES)
     atomic_write(folder / "README.md", _card(title, planned, rank, rows, whole))

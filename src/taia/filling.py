@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from io import FileIO
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
+from taia.cold import Reader
 from taia.copying import copy_range, create, start_writing, write_all
 from taia.direct import DirectFile
 from taia.holes import refuse_hole
 from taia.pieces import Blend, Copy, Merge, Parted, Piece
 from taia.shards import Shard
-from taia.untrusted import open_regular
 from taia.workers import cores, nothing, on_all_cores
 
 __all__ = ["fill"]
@@ -77,11 +76,13 @@ def fill(
     on_written: Callable[[int], object] = ignore,
     threads: int | None = None,
     direct: bool = False,
+    cold: bool = False,
 ) -> None:
     """Create the files of `shards` in `folder` and fill them; the disk is then busy with them.
 
     The calling thread does `meanwhile` first, while others already write; it tells
-    `on_written` how many bytes were written since it last did. `direct`: past the page cache.
+    `on_written` how many bytes were written since it last did. `direct`: they are written past
+    the page cache; `cold`: copies and blends are then read past it too, where it lacks them.
     """
     for shard in shards:
         create(folder / shard.name, shard.size, shard.header)
@@ -96,7 +97,7 @@ def fill(
         nonlocal untold
         path = folder / task.file
         target = DirectFile(path) if direct else CachedFile(path, copying[task.file])
-        written = _carry_out(task, target, merging)
+        written = _carry_out(task, target, merging, cold)
         with counting:
             untold += written
 
@@ -175,10 +176,10 @@ class CachedFile:
             if kind is None and self._begin is not None:
                 start_writing(self._file, self._begin, self._written)
 
-    def copy(self, source: FileIO, start: int, to: int, length: int) -> None:
+    def copy(self, source: Reader, start: int, to: int, length: int) -> None:
         """Write bytes of `source`."""
         with self._lock:
-            copy_range(source, self._file, start, to, length)
+            copy_range(source.file, self._file, start, to, length)
         self._count(to, length)
 
     def write(self, data: bytes, to: int) -> None:
@@ -192,34 +193,34 @@ class CachedFile:
         self._written += length
 
 
-def _carry_out(task: Task, opened: CachedFile | DirectFile, merging: Lock) -> int:
+def _carry_out(task: Task, opened: CachedFile | DirectFile, merging: Lock, cold: bool) -> int:
     """Write what a task says. Returns its bytes."""
-    sources: dict[Path, FileIO] = {}
+    sources: dict[Path, Reader] = {}
     written = 0
     with ExitStack() as stack, opened as target:
         for step in task.steps:
             if isinstance(step, Computed):
                 with merging if isinstance(step.piece, Merge) else nullcontext():
-                    written += _compute(step, target)
+                    written += _compute(step, target, cold)
                 continue
             if step.source not in sources:
-                sources[step.source] = stack.enter_context(open_regular(step.source))
+                sources[step.source] = stack.enter_context(Reader(step.source, cold=cold))
             refuse_hole(step.source, step.start, step.start + step.length)
             target.copy(sources[step.source], step.start, step.to, step.length)
             written += step.length
     return written
 
 
-def _compute(step: Computed, target: CachedFile | DirectFile) -> int:
+def _compute(step: Computed, target: CachedFile | DirectFile, cold: bool) -> int:
     """Write what one step computes; returns its bytes."""
     written = 0
-    for chunk in _chunks(step):
+    for chunk in _chunks(step, cold):
         target.write(chunk, step.to + written)
         written += len(chunk)
     return written
 
 
-def _chunks(step: Computed) -> Iterator[bytes]:
+def _chunks(step: Computed, cold: bool) -> Iterator[bytes]:
     if isinstance(step.piece, Blend):
-        return step.piece.chunks(step.first, step.count)
+        return step.piece.chunks(step.first, step.count, cold=cold)
     return step.piece.chunks()

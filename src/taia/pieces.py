@@ -71,8 +71,11 @@ class Blend:
         """The stored tensors that are read, each with its folder."""
         return [(self.base_folder, self.base), (self.tuned_folder, self.tuned)]
 
-    def chunks(self, first: int = 0, count: int = -1) -> Iterator[bytes]:
-        """The bytes in the dtype of the base; all, or those of `count` elements from `first`."""
+    def chunks(self, first: int = 0, count: int = -1, *, cold: bool = False) -> Iterator[bytes]:
+        """The bytes in the dtype of the base; all, or those of `count` elements from `first`.
+
+        `cold`: what the page cache does not hold is read past it.
+        """
         from taia.arrays import blended_chunks  # numpy only where something is computed
 
         return blended_chunks(
@@ -83,6 +86,7 @@ class Blend:
             self.strength,
             first,
             self.base.parameters - first if count == -1 else count,
+            cold=cold,
         )
 
 

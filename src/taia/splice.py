@@ -2,8 +2,9 @@
 
 Where the strength is 0 or 1 the bytes of a tensor are copied from base or tuned without
 being decoded; neighbours in one file are copied in one go, inside the kernel or, where the
-output is large, past the page cache (`taia.direct`). Elsewhere base + strength * delta is
-computed in float32, a bounded chunk at a time. No torch, and memory does not grow with the model.
+output is large, past the page cache (`taia.direct`, `taia.cold`). Elsewhere base +
+strength * delta is computed in float32, a bounded chunk at a time. No torch, and memory does not
+grow with the model.
 
 The output keeps the base's shards and the order of their tensors, unless a shard size is
 given; everything that is not weights (configuration, tokenizer, chat template) is the tuned
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from taia import direct
+from taia import cold, direct
 from taia.checkpoint import SINGLE, Checkpoint
 from taia.downloads import Download
 from taia.errors import SourceError
@@ -151,10 +152,13 @@ def execute(
     progress = _Counter(download.size + to_write, on_progress)
     receipts: list[Receipt] = []
     hashed = hash or bool(download.mirrors)
+    to_read = sum(tensor.bytes for part in parts.values() for _, tensor in part.reads)
     with (
         download.fetched(out, to_write, progress.add, keep=keep_downloads),
         staged_folder(out, overwrite=overwrite) as folder,
     ):
+        # what is hashed is read again at once, so it had better be in the page cache
+        past = not hashed and direct.suits(folder, to_write)
         fill(
             folder,
             shards,
@@ -163,8 +167,8 @@ def execute(
                 _write_the_rest(planned, folder, out.name, shards, entries)
             ),
             on_written=progress.add,
-            # what is hashed is read again at once, so it had better be in the page cache
-            direct=not hashed and direct.suits(folder, to_write),
+            direct=past,
+            cold=past and cold.suits({planned.base.path, planned.tuned.path}, to_read),
         )
         receipt = receipts[0]
         if hashed:
@@ -261,9 +265,9 @@ def _receipt(planned: Plan, folder: Path, shards: Sequence[Shard], entries: list
     if isinstance(planned.tuned, Checkpoint):
         tuned_files = planned.tuned.files
     else:
-        from taia.adapter import WEIGHTS
+        from taia.adapter import CONFIG, WEIGHTS
 
-        tuned_files = (WEIGHTS, "adapter_config.json")
+        tuned_files = (WEIGHTS, CONFIG)
     headers = {shard.name: digest_of_bytes(shard.header) for shard in shards}
     others = [f.name for f in sorted(folder.iterdir()) if f.name not in {*headers, RECEIPT}]
     return Receipt(

@@ -7,7 +7,7 @@ or to the blobs of the hub's cache when the folder is a snapshot of that very ca
 the content of a private file would end up in an output, which may then be shared.
 
 The rule is about links inside the folder; the folder itself may be one, as the user named it.
-A file is never mapped into memory: one that shrinks would kill the process.
+A file is never read through a mapping into memory: one that shrinks would kill the process.
 """
 
 from __future__ import annotations
