@@ -95,6 +95,24 @@ def test_a_composite_model_whose_parts_the_table_has_not_seen_together():
     assert (found[vision].kind, found[vision].layer) == ("attention", 1)
 
 
+def test_an_option_that_the_table_has_not_seen():
+    import torch
+    from transformers import XmodConfig, XmodForCausalLM
+
+    config = XmodConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, languages=["en_XX", "de_DE"], is_decoder=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        names = list(XmodForCausalLM(config).state_dict())
+    name = "roberta.encoder.layer.1.output.adapter_modules.de_DE.dense1.weight"
+    assert name in names
+    with pytest.raises(KindError, match="tensor names are unknown"):
+        classify_all(names, "xmod")
+    found = classify_all(names, "xmod", config.to_dict())
+    assert found[name] == found[name.replace("de_DE", "en_XX")]
+
+
 def test_a_type_that_transformers_lacks_names_the_command():
     with pytest.raises(KindError, match=r"pip install --upgrade transformers") as raised:
         classify_all(["lm_head.weight"], "llama9", {"model_type": "llama9"})

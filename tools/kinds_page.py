@@ -67,9 +67,10 @@ layers (XLM). In an encoder-decoder the encoder is a tower of its own, so `[0:4]
 ## Types that are not here
 
 A newer transformers than the table: the type is derived on the spot from the checkpoint's
-config.json and kept in `$TAIA_CACHE/kinds` (default `~/.cache/taia/kinds`). The same happens for a
-composite model whose parts the table has not seen together. Code that comes with weights is never
-run; such a type is refused, with the command that would help.
+config.json and kept in `$TAIA_CACHE/kinds` (default `~/.cache/taia/kinds`). The same happens where
+a known type has names that the table lacks: parts that it has not seen together, or an option that
+no default config sets. Code that comes with weights is never run; such a type is refused, with the
+command that would help.
 
 Classes of conditional generation that are left out, since they write no text:
 

@@ -33,6 +33,12 @@ SUFFIX = re.compile(
 BLOCKS = re.compile(r"_(blocks|scales|bias|scale|scale_inv)$")
 """The same for a parameter that its module holds under another name (gpt-oss experts)."""
 
+EXPERT = re.compile(r"(?<![^.])(expert_)\d+(?![^.])")
+"""A part that numbers an expert and is no integer (Switch Transformers, NLLB-MoE)."""
+
+LAYER_NUMBER = re.compile(r"\\\.\d+(?:\.\*|\\\.\.\*|\\\.)?$")
+"""The number of a layer, and what follows it, in an expression of `extra`."""
+
 DIGITS = 9
 """A longer number in a name is no layer and no expert."""
 
@@ -69,6 +75,8 @@ class Family:
     """The names of one model type.
 
     prefix: the base model's attribute, which some files leave out of every name.
+    extra: names of the layers behind the last one, which transformers does not load, in the
+        sizes that were published first; beyond: those of any layer that may be such a one.
     hybrid: some of its layers hold a mixer in place of attention.
     """
 
@@ -77,17 +85,21 @@ class Family:
     split: dict[str, Split]
     ambiguous: dict[str, list[Choice]]
     extra: re.Pattern[str] | None
+    beyond: re.Pattern[str] | None
     dropped: re.Pattern[str] | None
     foreign: tuple[tuple[re.Pattern[str], Row], ...]
     hybrid: bool
     seen: dict[str, Found] = field(default_factory=dict)
 
-    def find(self, name: str, *, exact: bool = False) -> tuple[Found, tuple[int, ...]]:
+    def find(
+        self, name: str, *, exact: bool = False, depth: int | None = None
+    ) -> tuple[Found, tuple[int, ...]]:
         """What the table says of a name, and its integers.
 
         exact: as it stands, with no prefix put on or taken off, and nothing dropped.
+        depth: how many layers the language model has, where that is known.
         """
-        if not exact and self.extra is not None and self.extra.search(name):
+        if not exact and self._is_extra(name, depth):
             return NOT_LOADED, ()
         pattern, integers = generalise(name)
         found = self._ask(pattern, exact=True) if exact else self.seen.get(pattern, UNASKED)
@@ -99,6 +111,13 @@ class Family:
             at, by_value = found
             found = by_value.get(integers[at])
         return found, integers
+
+    def _is_extra(self, name: str, depth: int | None) -> bool:
+        """Whether this is of a layer behind the last one."""
+        if self.extra is None or self.beyond is None or depth is None:
+            return self.extra is not None and bool(self.extra.search(name))
+        layer = self.beyond.search(name)
+        return layer is not None and int(layer[layer.lastindex or 0]) >= depth
 
     def _ask(self, pattern: str, *, exact: bool = False) -> Found:
         for key in keys(pattern, "" if exact else self.prefix):
@@ -127,7 +146,7 @@ def generalise(name: str) -> tuple[str, tuple[int, ...]]:
         if part.isdecimal() and len(part) <= DIGITS:
             integers.append(int(part))
             parts[at] = "*"
-    return ".".join(parts), tuple(integers)
+    return EXPERT.sub(r"\1*", ".".join(parts)), tuple(integers)
 
 
 def keys(pattern: str, prefix: str) -> list[str]:
@@ -193,14 +212,20 @@ def read_family(table: Table) -> Family:
         split=split,
         ambiguous=ambiguous,
         extra=_any_of(table.get("extra", [])),
+        beyond=_any_of(
+            [LAYER_NUMBER.sub(r"\\.(\\d{1,9})\\.", text) for text in table.get("extra", [])],
+            start=r"(?:^|\.)",
+        ),
         dropped=_any_of(table.get("dropped", [])),
         foreign=tuple((re.compile(k), row(v)) for k, v in table.get("foreign", {}).items()),
         hybrid=any(text.startswith("mixer/") for text in table["rows"]),
     )
 
 
-def _any_of(expressions: list[str]) -> re.Pattern[str] | None:
-    return re.compile("|".join(f"(?:{text})" for text in expressions)) if expressions else None
+def _any_of(expressions: list[str], start: str = "") -> re.Pattern[str] | None:
+    if not expressions:
+        return None
+    return re.compile("|".join(f"{start}(?:{text})" for text in dict.fromkeys(expressions)))
 
 
 def _row(text: str) -> Row:

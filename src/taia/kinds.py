@@ -131,22 +131,23 @@ def classify_all(
     Names that mean different things in different layers are told apart by what else
     their layer holds.
 
-    config: the checkpoint's config.json, for a model type that the shipped table does not
-        know, and for a composite model whose parts the table has not seen together: then
-        the table is derived from this config, if transformers is installed.
+    config: the checkpoint's config.json. It tells how many layers the model has; and where
+        the shipped table does not know the model type, or not all of the names, the table is
+        derived from it, if transformers is installed.
 
     Raises KindError with every name that is not known.
     """
     listed = list(names)
     table = _family(model_type, config)
-    found = _addresses(listed, table)
+    depth = _depth(config)
+    found = _addresses(listed, table, depth)
     asked = ""
-    if None in found.values() and _composite(config) and model_type in known_types():
+    if None in found.values() and config and model_type in known_types():
         told = _derive(model_type, config)
         if isinstance(told, str):
             asked = f". {told}"
         else:
-            again = _addresses(listed, told)
+            again = _addresses(listed, told, depth)
             found = {name: again[name] if at is None else at for name, at in found.items()}
     lost = [name for name, address in found.items() if address is None]
     far = [
@@ -194,12 +195,14 @@ def model_types() -> tuple[str, ...]:
     return tuple(sorted(known_types()))
 
 
-def _addresses(names: list[str], table: Family) -> dict[str, Address | None]:
+def _addresses(
+    names: list[str], table: Family, depth: int | None = None
+) -> dict[str, Address | None]:
     """The address of each name; None for one that the family does not have."""
     present = _present(names, table) if table.ambiguous else frozenset()
     found: dict[str, Address | None] = {}
     for name in names:
-        row, integers = table.find(name)
+        row, integers = table.find(name, depth=depth)
         if isinstance(row, list):
             held = [
                 choice.row
@@ -240,11 +243,13 @@ def _family(model_type: str, config: Mapping[str, Any] | None) -> Family:
     )
 
 
-def _composite(config: Mapping[str, Any] | None) -> bool:
-    """Whether parts of the model have types of their own, which no table has all together."""
-    return any(
-        isinstance(part, Mapping) and "model_type" in part for part in (config or {}).values()
-    )
+def _depth(config: Mapping[str, Any] | None) -> int | None:
+    """How many layers the language model has; None where its config does not tell."""
+    for part in ((config or {}).get("text_config"), config):
+        depth = part.get("num_hidden_layers") if isinstance(part, Mapping) else None
+        if isinstance(depth, int) and not isinstance(depth, bool) and depth > 0:
+            return depth
+    return None
 
 
 def _derive(model_type: str, config: Mapping[str, Any] | None) -> Family | str:

@@ -2,9 +2,9 @@
 
 `OVERRIDES` states what a default config lacks; a value is added only where the default
 one does not build, so that layer patterns stay those of the real models. `VARIANTS`
-states options of published models that add or rename modules, and `PARTNERS` the towers
-that a multimodal family is published with: a family is built again with each of them that
-its config knows. Experts are cut to four, because they share their names.
+states options of published models that add or rename modules, `OWN_OPTIONS` those of one
+family, and `PARTNERS` the towers that a multimodal family is published with: a family is built
+again with each of them that its config knows. Experts are cut to four: they share their names.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ VARIANTS: tuple[tuple[str, Any], ...] = (
     ("n_shared_experts", 1),
     ("num_shared_experts", 1),
     ("feed_forward_proj", "gated-gelu"),
+    ("feed_forward_proj", "relu"),
 )
 
 SET_BY_DEFAULT = {"q_lora_rank", "parallel_attn", "word_embed_proj_dim", "feed_forward_proj"}
@@ -158,11 +159,28 @@ PARTNERS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 """Sub-models that a composite family takes by type, beside its default ones."""
 
-OWN_PARTNERS: dict[str, tuple[dict[str, Any], ...]] = {
-    model_type: ({"text_config": {"model_type": "t5", **SMALL_T5}},)
-    for model_type in ("blip-2", "instructblip", "instructblipvideo")
+OWN_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    # published models have what the default configs leave out: BLIP-2 with Flan-T5
+    **{
+        model_type: ({"text_config": {"model_type": "t5", **SMALL_T5}},)
+        for model_type in ("blip-2", "instructblip", "instructblipvideo")
+    },
+    "bamba": ({"attn_layer_indices": [1]},),
+    "granitemoehybrid": ({"layer_types": ["linear_attention", "full_attention"] * 16},),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 16},),
+    "nemotron_h": ({"moe_latent_size": 64},),
+    "zamba2": ({"use_shared_attention_adapter": True},),
+    "falcon_h1": ({"mamba_rms_norm": True},),
+    "doge": ({"is_moe": True},),
+    "ernie": ({"use_task_id": True},),
+    "gemma4_assistant": ({"use_ordered_embeddings": True},),
+    "gemma4_unified_assistant": ({"use_ordered_embeddings": True},),
+    "granite_docling": ({"density_router_hidden_size": 8},),
+    "idefics": ({"additional_vocab_size": 2, "use_resampler": True, "qk_layer_norms": True},),
+    "reformer": ({"axial_pos_embds": False},),
+    "xmod": ({"pre_norm": True}, {"adapter_layer_norm": True}),
 }
-"""Families whose published models have other text models: BLIP-2 with Flan-T5."""
+"""Options of single families."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS = 4
@@ -265,11 +283,12 @@ def of_class(config: Any, architecture: str) -> Any:
 
 
 def variants(model_type: str, model: Any, architecture: str | None = None) -> Iterator[Any]:
-    """The same class with each option of VARIANTS and PARTNERS that its config has.
+    """The same class with each option of VARIANTS, OWN_OPTIONS and PARTNERS that its config has.
 
     An option that does not build for this family is passed over: it is none of its own.
     """
-    for options in (*_options(model.config), *_partners(model_type)):
+    own = OWN_OPTIONS.get(model_type, ())
+    for options in (*_options(model.config), *own, *_partners(model_type)):
         form = None
         with suppress(Exception):
             form = build(model_type, architecture, **options)
@@ -291,7 +310,6 @@ def _partners(model_type: str) -> Iterator[dict[str, Any]]:
     import transformers
 
     kinds = getattr(transformers.CONFIG_MAPPING[model_type], "sub_configs", {})
-    yield from OWN_PARTNERS.get(model_type, ())
     for part, partners in PARTNERS.items():
         if kinds.get(part) is transformers.AutoConfig:
             if part == "vision_config" and model_type in FOREIGN:

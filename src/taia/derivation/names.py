@@ -7,13 +7,15 @@ import sys
 from functools import cache
 from typing import Any
 
+from taia.kind_table import EXPERT
+
 INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A whole part of a dotted name that is a number: a layer, an expert."""
 
 
 def pattern(name: str) -> str:
     """A tensor name with `*` in place of its integers."""
-    return INTEGER.sub("*", name)
+    return EXPERT.sub(r"\1*", INTEGER.sub("*", name))
 
 
 def bare_class(module: Any, *, shortest: bool = False) -> str:

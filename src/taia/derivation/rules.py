@@ -24,8 +24,8 @@ RULES: tuple[tuple[str, str], ...] = (
         "router",
         "A router is a router wherever it stands, inside an attention as well: a class with "
         "Router or TopKGating in its name; inside a Mixture-of-Experts block a class that ends "
-        "in Gate, or a linear layer called gate, router or classifier; and the score-correction "
-        "bias of the experts (`e_score_correction_bias`, `expert_bias`).",
+        "in Gate, or a linear layer called gate, router, router_gate or classifier; and the "
+        "score-correction bias of the experts (`e_score_correction_bias`, `expert_bias`).",
     ),
     (
         "projector",
@@ -100,7 +100,7 @@ EMBEDDING = re.compile(r"Embed")
 HEAD = re.compile(r"LMHead|LMPrediction|PredictionHead|MLMHead|PredLayer|GeneratorPredictions")
 HEAD_NAMES = {"lm_head", "audio_lm_head", "output_projection", "logits_dense"}
 BARE_FFN = {"fc1", "fc2"}
-ROUTER_NAMES = {"gate", "router", "classifier"}
+ROUTER_NAMES = {"gate", "router", "router_gate", "classifier"}
 ROUTER_BIASES = {"e_score_correction_bias", "expert_bias"}
 SILENT = re.compile(r"Indexer|Compressor|Scorer|Norm|ShortConv|RelativeLogits")
 """Modules inside an attention or ffn that compute none of its projections."""
