@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layout_tools import tensors, write
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import taia
 from taia.cli.app import build_parser
@@ -70,6 +70,18 @@ def check(base: Path, tuned: Path, tmp_path: Path, keep: str) -> None:
     if whole:
         assert torch.equal(logits(tmp_path / "out"), logits(whole))
     assert "tied in the" in taia.plan(base, tuned, keep).notes[0]
+
+
+@pytest.mark.parametrize("side", ["base", "tuned model"])
+def test_a_model_saved_without_its_head_is_not_taken_for_tied(tied_and_untied, tmp_path, side):
+    _, _, base, tuned = tied_and_untied
+    headless = tmp_path / "headless"
+    AutoModel.from_pretrained(base).save_pretrained(headless)
+    assert config(headless)["tie_word_embeddings"] is False
+    models = (headless, tuned) if side == "base" else (base, headless)
+    told = taia.plan(*models, "attention").faults
+    assert len(told) == 1
+    assert f"{HEAD}: the {side} stores no head" in told[0]
 
 
 def test_the_config_of_an_alike_pair_is_not_touched(pair, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taia.kinds import Address, Kind, classify, classify_all
+from taia.kinds import Address, Kind, classify, classify_all, is_extra_layer
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,17 @@ def test_the_config_of_the_text_model_tells_it_too():
 )
 def test_what_default_configs_leave_out_is_in_the_table(model_type, name, kind):
     assert classify(name, model_type).kind is kind
+
+
+@pytest.mark.parametrize(
+    ("layers", "model_type", "name", "beyond"),
+    [
+        (92, "glm4_moe", "model.layers.46.self_attn.q_proj.weight", False),
+        (46, "glm4_moe", "model.layers.46.self_attn.q_proj.weight", True),
+        (26, "deepseek_v3", "model.layers.26.eh_proj.weight", True),
+        (26, "deepseek_v3", "model.layers.25.self_attn.o_proj.weight", False),
+        (26, "llama", "model.layers.26.self_attn.o_proj.weight", False),
+    ],
+)
+def test_only_a_layer_behind_the_last_one_may_be_missing(layers, model_type, name, beyond):
+    assert is_extra_layer(name, model_type, {"num_hidden_layers": layers}) == beyond

@@ -19,7 +19,7 @@ from typing import Any
 
 from taia.checkpoint import Checkpoint, Tensor
 from taia.errors import KindError
-from taia.kinds import Address, Kind, classify
+from taia.kinds import Address, Kind, classify, is_extra_layer
 from taia.layouts import Family, family_of, place_of
 
 __all__ = ["TIE", "left_over", "text_config", "tie_setting", "untie"]
@@ -52,8 +52,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
-def untie(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
-    """Both checkpoints with a stored head, if one of them has it; a note if one was added."""
+def untie(
+    base: Checkpoint, tuned: Checkpoint
+) -> tuple[Checkpoint, Checkpoint, list[str], list[str]]:
+    """Both checkpoints with a stored head, if one of them has it; a note if one was added.
+
+    The last list holds a fault where the config of the other says that its head is not tied:
+    then it was saved without its head, and what its head was is not known.
+    """
     family = family_of(base.model_type)
     for head, embedding in family.tied:
         found = [_stored(checkpoint, family, head) for checkpoint in (base, tuned)]
@@ -67,9 +73,21 @@ def untie(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, 
         added = _with_head(bare, source, name)
         base, tuned = (added, tuned) if bare is base else (base, added)
         side = "base" if found[0] is None else "tuned model"
+        if _is_untied(bare.config):
+            return base, tuned, [], [
+                f"{name}: the {side} stores no head, and its config.json says that it is not tied "
+                "to the embedding; save it as the whole model, or give "
+                f'"{TIE}": true if it is tied'
+            ]  # fmt: skip
         note = f"{name}: tied in the {side}, whose head is read from {source.name}; stored here"
-        return base, tuned, [note]
-    return base, tuned, []
+        return base, tuned, [note], []
+    return base, tuned, [], []
+
+
+def _is_untied(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its head has weights of its own, and nowhere the contrary."""
+    stated = [part.get(TIE) for part in (config, text_config(config))]
+    return False in stated and True not in stated
 
 
 def _stored(checkpoint: Checkpoint, family: Family, live: str) -> Tensor | None:
@@ -152,10 +170,11 @@ def _not_loaded(checkpoint: Checkpoint, names: list[str], family: Family) -> lis
             found.append(name)
             continue
         try:
-            address = classify(name, checkpoint.model_type)
+            further = is_extra_layer(name, checkpoint.model_type, checkpoint.config)
+            address = classify(name, checkpoint.model_type, checkpoint.config)
         except KindError:  # nothing is known about it, so it is not passed over
             continue
-        if _is_extra(name, address, family, depth):
+        if further or _is_extra(name, address, family, depth):
             found.append(name)
     return found
 

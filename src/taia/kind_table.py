@@ -99,7 +99,7 @@ class Family:
         exact: as it stands, with no prefix put on or taken off, and nothing dropped.
         depth: how many layers the language model has, where that is known.
         """
-        if not exact and self._is_extra(name, depth):
+        if not exact and self.is_extra(name, depth):
             return NOT_LOADED, ()
         pattern, integers = generalise(name)
         found = self._ask(pattern, exact=True) if exact else self.seen.get(pattern, UNASKED)
@@ -112,8 +112,8 @@ class Family:
             found = by_value.get(integers[at])
         return found, integers
 
-    def _is_extra(self, name: str, depth: int | None) -> bool:
-        """Whether this is of a layer behind the last one."""
+    def is_extra(self, name: str, depth: int | None) -> bool:
+        """Whether this is of a layer behind the last one; of the published ones without `depth`."""
         if self.extra is None or self.beyond is None or depth is None:
             return self.extra is not None and bool(self.extra.search(name))
         layer = self.beyond.search(name)

@@ -46,6 +46,7 @@ __all__ = [
     "classify",
     "classify_all",
     "classify_by_agreement",
+    "is_extra_layer",
     "model_types",
 ]
 
@@ -101,18 +102,19 @@ MAX_LAYERS = 100_000
 """Names come from outside; a layer beyond this would fill the memory with layers."""
 
 
-def classify(name: str, model_type: str) -> Address:
+def classify(name: str, model_type: str, config: Mapping[str, Any] | None = None) -> Address:
     """The address of a tensor, by the name it has in a file or in a live model.
 
     name: for instance "model.layers.0.mlp.up_proj.weight"; a leading base-model prefix
         ("model.", "transformer.") may be missing.
     model_type: `model_type` of the model's config.json, for instance "llama".
+    config: the config.json, which tells how many layers are real.
 
     Raises KindError for a model type or a name that the table does not know, and for a
     name whose kind depends on its layer (see `classify_all`).
     """
     table = _family(model_type, None)
-    found, integers = table.find(name)
+    found, integers = table.find(name, depth=_depth(config))
     if isinstance(found, Row):
         return _address(found, integers)
     if found is None:
@@ -164,6 +166,14 @@ def classify_all(
             f"{len(lost)} of {len(listed)} tensor names are unknown{asked}", hinted + rest
         )
     return {name: address for name, address in found.items() if address is not None}
+
+
+def is_extra_layer(name: str, model_type: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a layer behind the last one, which transformers does not load.
+
+    Raises KindError for a model type that the table does not know.
+    """
+    return _family(model_type, None).is_extra(name, _depth(config))
 
 
 def classify_by_agreement(name: str) -> Address:

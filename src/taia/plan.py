@@ -91,10 +91,10 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
         ))  # fmt: skip
     faults = format_faults(base, tuned)
     base, tuned, crossed = align(base, tuned)
-    base, tuned, notes = untie(base, tuned)
+    base, tuned, notes, headless = untie(base, tuned)
     changed = bool(notes)
     tuned, told, missing = left_over(base, tuned)
-    faults += crossed + missing
+    faults += crossed + headless + missing
     addresses = classify_all(base.tensors, base.model_type, base.config)
     strengths, parted, tie_faults = strengths_of(base, addresses, selection)
     wanted = {name: strengths.get(address) for name, address in addresses.items()}
