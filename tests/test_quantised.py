@@ -64,8 +64,10 @@ def gptq(state):
     return out
 
 
-def awq(state):
-    return {name: t for name, t in gptq(state).items() if not name.endswith("g_idx")}
+def awq(state, norms=torch.ones_like):
+    """AWQ, with norms of one set of folded scales."""
+    return {name: norms(t) if "norm" in name else t
+            for name, t in gptq(state).items() if not name.endswith("g_idx")}  # fmt: skip
 
 
 def nf4(state):
@@ -157,6 +159,29 @@ def test_quantised_weights_are_not_blended_and_the_rest_is(quantised, tmp_path, 
         taia.splice(base, tuned, tmp_path / "out", keep="attention*0.5")
     taia.splice(base, tuned, tmp_path / "out", keep="attention + norm*0.5")
     taia.verify(tmp_path / "out")
+
+
+def test_a_layer_with_folded_scales_is_taken_whole(pair, tmp_path):
+    settings = FORMATS["awq"][1]
+    for side, folder in zip(("base", "tuned"), pair("llama"), strict=True):
+        state = awq(tensors(folder), norms=lambda norm: norm)
+        write(tmp_path / side, state, folder, quantization_config=settings)
+    models = tmp_path / "base", tmp_path / "tuned"
+    for keep in ("attention", "ffn", "attention + norm", "all - norm"):
+        with pytest.raises(taia.TaiaError, match=r"layer 0 .*: its norms differ"):
+            taia.splice(*models, tmp_path / "out", keep=keep)
+    whole = ("all", "none", "attention[1:2] + ffn[1:2] + norm[1:2]", "embedding + head")
+    for keep in whole:
+        taia.splice(*models, tmp_path / "out", keep=keep, overwrite=True)
+        taia.verify(tmp_path / "out")
+
+
+def test_projections_that_scale_each_other_are_taken_together(quantised, tmp_path):
+    base, tuned = quantised("awq")
+    for keep in ("attention.v", "attention - attention.o", "ffn.up"):
+        with pytest.raises(taia.TaiaError, match="hold scales of each other"):
+            taia.splice(base, tuned, tmp_path / "out", keep=keep)
+    taia.splice(base, tuned, tmp_path / "out", keep="attention.v + attention.o + ffn.gate")
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ FLOORS = [
     {"card", "load"},
     {"plan", "gguf_plan", "selection_of"},
     {"unstack"},
-    {"decisions"},
+    {"decisions", "folded"},
     {"parted", "factor_rows"},
     {"adapter"},
     {"switches", "vectors", "ends", "configs", "fused", "experts", "molora", "routing"},

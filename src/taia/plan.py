@@ -20,6 +20,7 @@ from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
 from taia.ends import left_over, text_config, tie_setting, untie
 from taia.errors import SourceError
+from taia.folded import folded_faults
 from taia.fused import Parts, cut_of, part_strengths
 from taia.kinds import Address, Kind, classify_all
 from taia.layouts import align
@@ -100,6 +101,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     wanted = {name: strengths.get(address) for name, address in addresses.items()}
     if is_quantised(base):
         faults += module_faults(base.tensors, wanted)
+        faults += folded_faults(base, tuned, addresses, wanted)
     decisions = []
     for name, strength in wanted.items():
         tensor, other, address = base.tensors[name], tuned.tensors.get(name), addresses[name]
