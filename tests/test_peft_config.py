@@ -12,6 +12,7 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_p
 from peft.utils import PeftType
 
 import taia
+from taia import peft_config
 from taia.adapter import read_adapter
 from taia.molora import MoLoraConfig, register
 from taia.peft_config import INERT, METHODS, OTHER_METHODS, READ, REFUSED
@@ -126,3 +127,13 @@ def test_velora_acts_in_training_only(pair, tmp_path):
     expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
     for name, tensor in load(tmp_path / "out").state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_never_end_is_refused(adapters, tmp_path, monkeypatch, name):
+    base, adapter = adapters("llama", "plain")
+    slow = altered(adapter, tmp_path / "slow", **{name: {"(?:.|.)*(?:.|.)*[!?]": 4}})
+    monkeypatch.setattr(peft_config, "MATCHING_SECONDS", 0.1)
+    with pytest.raises(taia.TaiaError, match=r"takes more than 0\.1 s on"):
+        taia.splice(base, slow, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from taia.errors import CheckpointError, SourceError
 
-__all__ = ["INERT", "METHODS", "OTHER_METHODS", "READ", "REFUSED", "Settings", "read_settings"]
+__all__ = [
+    "INERT",
+    "METHODS",
+    "OTHER_METHODS",
+    "READ",
+    "REFUSED",
+    "Settings",
+    "matches",
+    "read_settings",
+]
+
+MATCHING_SECONDS = 1.0
+"""What one pattern of an adapter may take on one name."""
 
 METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA3", "MOLORA": "MoLoRA"}
 """The methods whose deltas are computed here, and how they are written."""
@@ -146,9 +159,24 @@ class Settings:
 def _matched(patterns: Mapping[str, float] | None, name: str, fallback: float) -> float:
     """The first pattern that matches as PEFT matches: from a dot, or the start, to the end."""
     return next(
-        (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)),
+        (value for key, value in (patterns or {}).items() if matches(key, name)),
         fallback,
     )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern takes a module as PEFT matches: from a dot, or the start, to the end.
+
+    Raises CheckpointError for one that takes too long: it comes with the adapter, and the
+    time of an expression may double with every letter of a name.
+    """
+    try:
+        return bool(regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCHING_SECONDS))
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"adapter_config.json: the pattern {pattern!r} takes more than {MATCHING_SECONDS} s on "
+            f"{name}; write it more simply, or the module's name itself"
+        ) from error
 
 
 def read_settings(path: Path, config: Mapping[str, Any]) -> Settings:
@@ -221,7 +249,7 @@ def _value_faults(settings: Settings, config: Mapping[str, Any]) -> list[str]:
     for name, patterns in (("alpha", settings.alpha_pattern), ("rank", settings.rank_pattern)):
         for pattern in patterns or {}:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 faults.append(f"{name}_pattern: {pattern!r} is no regular expression: {error}")
     return faults

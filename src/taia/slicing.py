@@ -14,7 +14,6 @@ between, merge into a checkpoint.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from taia.hashing import with_digests
 from taia.holes import MIRROR_MARKER
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
+from taia.peft_config import matches
 from taia.plan import Origin, shapes_of
 from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
@@ -233,7 +233,7 @@ def _without_experts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matches(pattern: str, changes: Iterable[Change]) -> bool:
-    return any(re.match(rf"(.*\.)?({pattern})$", change.name) for change in changes)
+    return any(matches(pattern, change.name) for change in changes)
 
 
 def _lora_config(adapter: Adapter, changes: list[Change], whole: list[str]) -> dict[str, Any]:
