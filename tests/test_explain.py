@@ -115,3 +115,66 @@ def test_whatever_is_found_has_these_strengths(values):
     if text is not None:
         given = taia.Selection.parse(text).strengths(strengths)
         assert all(v is None or given[a] == v for a, v in strengths.items())
+
+
+def _swapped(out: Path, source: Path, names) -> None:
+    """Put the tensors `names` of `source` into `out`."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors, others = (load_file(folder / "model.safetensors") for folder in (out, source))
+    save_file(tensors | {n: others[n] for n in names}, out / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [("self_attn.{}_proj.bias", "qkv"), ("post_attention_layernorm.weight", "-")],
+)
+def test_tensors_of_one_address_that_differ_have_no_selection(pair, tmp_path, part, where):
+    base, tuned = pair("qwen2")
+    taia.splice(base, tuned, tmp_path / "out", keep="attention + norm")
+    _swapped(tmp_path / "out", base, [f"model.layers.1.{part.format(x)}" for x in where])
+    found = taia.explain(base, tuned, tmp_path / "out")
+    assert found.selection is None
+    assert "every selection gives the two one strength" in found.reason
+    assert any(f"model.layers.1.{part.format(x)}" in found.reason for x in where)
+    assert found.to_json()["reason"] == found.reason
+
+
+def test_a_tied_head_is_kept_with_its_embedding(pair, tmp_path):
+    base, tuned = pair("llama")
+    receipt = taia.splice(base, tuned, tmp_path / "out", keep="ffn + embedding + head")
+    found = taia.explain(base, tuned, tmp_path / "out")
+    assert found.selection is not None
+    again = taia.plan(base, tuned, keep=found.selection)
+    assert not again.faults
+    assert [d.source for d in again.decisions] == [e.origin for e in receipt.tensors]
+
+
+def test_a_part_of_a_fused_tensor_has_no_selection(pair, tmp_path):
+    base, tuned = pair("phi3")
+    taia.splice(base, tuned, tmp_path / "out", keep="attention.q")
+    found = taia.explain(base, tuned, tmp_path / "out")
+    assert found.selection is None
+    assert found.totals["attention"]["neither"] == 3
+
+
+@given(
+    st.sampled_from(["attention", "all - norm", "all*0.5", "ffn[1:]*0.25 + norm"]),
+    st.sets(st.integers(0, 40), max_size=2),
+    st.sampled_from(["base", "tuned"]),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_named_selection_makes_every_tensor(pair, tmp_path_factory, keep, odd, of):
+    base, tuned = pair("qwen2")
+    out = tmp_path_factory.mktemp("explained") / "out"
+    receipt = taia.splice(base, tuned, out, keep=keep)
+    strengths = {entry.name: entry.strength for entry in receipt.tensors}
+    names = {list(strengths)[place % len(strengths)] for place in odd}
+    _swapped(out, {"base": base, "tuned": tuned}[of], names)
+    wanted = strengths | dict.fromkeys(names, {"base": 0.0, "tuned": 1.0}[of])
+    found = taia.explain(base, tuned, out)
+    assert found.selection or wanted != strengths
+    assert (found.selection is None) == bool(found.reason)
+    if found.selection is not None:
+        again = taia.plan(base, tuned, keep=found.selection)
+        assert {d.name: d.strength for d in again.decisions} == pytest.approx(wanted)

@@ -3,26 +3,29 @@
 Every tensor is compared with both, byte for byte, on all cores. What equals neither may be a
 blend, base + s * (tuned - base): s is the least-squares answer on a sample of the elements,
 and it counts as a blend if a splice at that s gives the sample again, to the last place of its
-dtype. Where every tensor is explained the selection is found that makes the same checkpoint.
+dtype. Where every tensor is explained a selection is looked for that makes the same checkpoint,
+and planned: it is named only if every tensor, not only every address, comes out as it is.
 
 Limits: a blend is told by a sample of 16,384 elements, so it is evidence and no proof; the
-strength of a float16 or bfloat16 tensor is known only as well as its rounding lets it be.
+strength of a float16 or bfloat16 tensor is known only as well as its rounding lets it be. A
+fused tensor of which only one projection is kept is neither: it is not looked into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.compare import Pair, differing
+from taia.decisions import WHOLE
 from taia.errors import SourceError
-from taia.kinds import Address, classify_all
-from taia.plan import plan
-from taia.selection import Selection
+from taia.kinds import Address, Kind, classify_all
+from taia.plan import has_head, plan
 from taia.selection_of import selection_of
 from taia.sources import Source
 from taia.workers import results
@@ -75,11 +78,30 @@ class Part:
     uncertainty: float = 0.0
 
 
+FIXED = {Match.BASE: 0.0, Match.TUNED: 1.0}
+"""The strength of what is copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What is compared, in one layout, and what the user named as base and tuned."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    unknown: Checkpoint
+    sources: tuple[str | Path | Source, str | Path | Source]
+
+    def samples(self, name: str) -> list[Any]:
+        """The sample of one tensor in each of the three."""
+        return [_sample(source, name) for source in (self.base, self.tuned, self.unknown)]
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """Every tensor of the unknown checkpoint and of the base, in the base's order.
 
-    `selection` makes the same checkpoint out of base and tuned; None where none was found.
+    `selection` makes the same checkpoint out of base and tuned; None where none was found, and
+    `reason` says why.
     """
 
     base: str
@@ -87,6 +109,7 @@ class Explanation:
     out: str
     parts: tuple[Part, ...]
     selection: str | None
+    reason: str = ""
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -107,6 +130,7 @@ class Explanation:
             "tuned": self.tuned,
             "against": self.out,
             "selection": self.selection,
+            "reason": self.reason,
             "totals": self.totals,
             "tensors": [_as_json(part) for part in self.parts],
         }
@@ -134,31 +158,69 @@ def explain(
         for name, tensor in unknown.tensors.items()
         if name not in first.tensors
     ]
-    whole = all(part.match not in (Match.NEITHER, Match.MISSING, Match.ADDED) for part in parts)
-    selection = _selection(parts, first, second, unknown) if whole else None
-    return Explanation(first.text, second.text, unknown.text, tuple(parts), selection)
+    selection, reason = None, "some tensors are of neither model, missing or added"
+    if all(part.match not in (Match.NEITHER, Match.MISSING, Match.ADDED) for part in parts):
+        models = Models(first, second, unknown, (base, tuned))
+        selection, reason = _named(parts, models)
+    return Explanation(first.text, second.text, unknown.text, tuple(parts), selection, reason)
 
 
-def _selection(
-    parts: Iterable[Part], base: Checkpoint, tuned: Checkpoint, unknown: Checkpoint
-) -> str | None:
-    """The selection that all parts agree with; small tensors are asked, and do not propose."""
-    listed = [part for part in parts if part.address is not None]
+def _named(parts: Sequence[Part], models: Models) -> tuple[str | None, str]:
+    """The selection that makes every part, or None and the reason; `models` are asked again.
+
+    Small tensors do not propose at first: their rounding hides their strength.
+    """
+    listed = [p for p in parts if p.address is not None and p.name in models.tuned.tensors]
     certain = [replace(p, strength=None) if p.uncertainty > CERTAIN else p for p in listed]
+    reason = ""
     for proposing in (certain, listed):
-        strengths = _strengths(proposing)
-        text = selection_of(strengths)
+        text = selection_of(_strengths(proposing))
         if text is None:
+            reason = reason or "no selection of moderate length gives these strengths"
             continue
-        given = Selection.parse(text).strengths(strengths)
-        if all(
-            _gives([_sample(source, part.name) for source in (base, tuned, unknown)],
-                   given[part.address])
-            for part in listed
-            if part.match is Match.BLEND and part.address is not None
-        ):  # fmt: skip
-            return text
-    return None
+        wrong = _not_made(text, listed, models)
+        if not wrong:
+            return text, ""
+        reason = f"'{text}' comes near and would not make it: {wrong}"
+    return None, _conflict(certain) or reason
+
+
+def _not_made(text: str, parts: Iterable[Part], models: Models) -> str:
+    """The first tensor that a splice by a selection would make otherwise; empty if none."""
+    planned = plan(*models.sources, text)
+    if planned.faults:
+        return planned.faults[0]
+    decisions = {decision.name: decision for decision in planned.decisions}
+    for part in parts:
+        decision = decisions[part.name]
+        if decision.parts or not _is_made(part, decision.strength, models):
+            return part.name
+    return ""
+
+
+def _is_made(part: Part, strength: float, models: Models) -> bool:
+    """Whether a splice at `strength` gives a part, as far as its sample tells."""
+    if part.match is Match.BOTH or strength == FIXED.get(part.match):
+        return True
+    if strength in WHOLE:
+        return False
+    return _gives(models.samples(part.name), strength, exactly=part.match is not Match.BLEND)
+
+
+def _conflict(parts: Iterable[Part]) -> str:
+    """Two tensors that every selection gives one strength, and that are of different ones."""
+    seen: dict[Address, Part] = {}
+    for part in parts:
+        if part.address is None or FIXED.get(part.match, part.strength) is None:
+            continue
+        other = seen.setdefault(part.address, part)
+        ones, others = (FIXED.get(p.match, p.strength) for p in (part, other))
+        if ones is not None and others is not None and abs(ones - others) > CERTAIN:
+            return (
+                f"{other.name} is of strength {others:g} and {part.name} of {ones:g}, and every "
+                "selection gives the two one strength"
+            )
+    return ""
 
 
 def _compared(
@@ -251,8 +313,11 @@ def _sample(source: Checkpoint, name: str) -> Any:
     return np.concatenate([read_array(source.path, tensor, start, SPAN) for start in starts])
 
 
-def _gives(samples: list[Any], strength: float) -> bool:
-    """Whether a splice at `strength` gives the third sample, to the last place of its dtype."""
+def _gives(samples: list[Any], strength: float, *, exactly: bool = False) -> bool:
+    """Whether a splice at `strength` gives the third sample, to the last place of its dtype.
+
+    exactly: to the last bit, for a third sample that is a copy of one of the others.
+    """
     import numpy as np
 
     from taia.arrays import blend, widen
@@ -264,6 +329,8 @@ def _gives(samples: list[Any], strength: float) -> bool:
     except MismatchError:
         return False
     actual = widen(ours)
+    if exactly:
+        return bool((actual == wide).all())
     # the operands' own rounding counts where the result is smaller than they are
     largest = np.maximum(np.abs(wide), np.maximum(np.abs(widen(old)), np.abs(widen(new))))
     step = np.abs(wide) * 2.0 ** (1 - _places(ours.dtype)) + largest * 2.0**-22
@@ -276,14 +343,23 @@ def _places(dtype: Any) -> int:
 
 
 def _strengths(parts: Iterable[Part]) -> dict[Address, float | None]:
-    """The strength of each address; None where base and tuned model are the same."""
-    fixed = {Match.BASE: 0.0, Match.TUNED: 1.0}
+    """The strength of each address; None where base and tuned model are the same.
+
+    Of several tensors the surest blend speaks: a copy may be a blend that rounding undid. A head
+    that is not stored is the embedding.
+    """
     found: dict[Address, float | None] = {}
+    doubts: dict[Address, float] = {}
     for part in parts:
-        if part.address is not None:
-            value = fixed.get(part.match, part.strength)
-            if value is not None or part.address not in found:
-                found[part.address] = value
+        if part.address is None:
+            continue
+        value = FIXED.get(part.match, part.strength)
+        doubt = inf if value is None or part.match in FIXED else part.uncertainty
+        if found.get(part.address) is None or doubt < doubts[part.address]:
+            found[part.address], doubts[part.address] = value, doubt
+    words = next((a for a in found if a.kind is Kind.EMBEDDING and a.tower == "language"), None)
+    if words is not None and not has_head(found):
+        found[replace(words, kind=Kind.HEAD)] = found[words]
     return found
 
 

@@ -90,7 +90,7 @@ def print_explanation(explained: Explanation) -> None:
     if len(strange) > STRANGE:
         print(f"and {len(strange) - STRANGE} more; --json lists all")
     if explained.selection is None:
-        print("no selection of these two models gives it")
+        print(f"no selection of these two models gives it: {printable(explained.reason)}")
     else:
         print(f"the same as --keep '{explained.selection}'")
 
