@@ -167,6 +167,34 @@ def test_models_that_do_not_fit_are_refused(two, tmp_path):
     assert any("shapes differ: base [8, 64], tuned [16, 64]" in fault for fault in planned(words))
 
 
+def test_settings_that_differ_are_noted(two, tmp_path):
+    base, alike = two
+
+    def fields(writer):
+        llama_fields()(writer)
+        del writer.kv_data[0]["llama.attention.layer_norm_rms_epsilon"]
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(1e6)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_sliding_window_pattern([True, False])
+
+    tuned = tiny_llama(tmp_path / "tuned.gguf", 1, Type.Q8_0, fields=fields)
+    (note,) = taia.plan(base, tuned, "ffn").notes
+    for told in (
+        "llama.attention.layer_norm_rms_epsilon (1e-05 and 1e-06)",
+        "llama.rope.freq_base (not stated and 1e+06)",
+        "llama.rope.scaling.type (not stated and yarn)",
+        "llama.attention.sliding_window_pattern (not stated and a list)",
+        "weights of the base will run under it",
+    ):
+        assert told in note
+    heard: list[str] = []
+    taia.splice(base, tuned, tmp_path / "out.gguf", "ffn", on_note=heard.append)
+    assert heard == [note]
+    assert taia.plan(base, tuned, "all").notes == ()
+    assert taia.plan(base, alike, "ffn").notes == ()
+
+
 def test_other_words_need_their_rows(two, tmp_path):
     base, _ = two
 

@@ -1,19 +1,19 @@
 """What the configs of two models say differently, and what an output makes of it.
 
-An output has the tuned model's config.json. Where that computes otherwise than the base's
-(another rope_theta, another count of experts a token), weights of the base run under a setting
-that they were not trained with. Shapes do not show it, so it is told.
+An output has the tuned model's config.json, or its fields of a GGUF file. Where that computes
+otherwise than the base's (another rope_theta, another count of experts a token), weights of the
+base run under a setting that they were not trained with. Shapes do not show it, so it is told.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from taia.checkpoint import Checkpoint
 
-__all__ = ["config_notes"]
+__all__ = ["config_notes", "settings_note"]
 
 INERT = re.compile(
     r"_name_or_path|transformers_version|(torch_)?dtype|architectures|auto_map|use_cache"
@@ -30,14 +30,22 @@ SHOWN = 6
 
 def config_notes(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """A note on the settings that both configs state and that differ; none if none do."""
-    told = [f"{name} ({old!r:.60} and {new!r:.60})"
-            for name, old, new in _differences(base.config, tuned.config)]  # fmt: skip
+    return settings_note(
+        "config.json of base and tuned differ",
+        [(n, f"{old!r:.60}", f"{new!r:.60}")
+         for n, old, new in _differences(base.config, tuned.config)],
+    )  # fmt: skip
+
+
+def settings_note(what: str, differences: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The note on settings (name, of the base, of the tuned model) that differ; none if none do."""
+    told = [f"{name} ({old} and {new})" for name, old, new in differences]
     if not told:
         return []
     more = f" and {len(told) - SHOWN} more" if told[SHOWN:] else ""
     return [
-        f"config.json of base and tuned differ in {', '.join(told[:SHOWN])}{more}; the output has "
-        "the tuned model's, and weights of the base will run under it"
+        f"{what} in {', '.join(told[:SHOWN])}{more}; the output has the tuned model's, and weights "
+        "of the base will run under it"
     ]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from taia.checkpoint import FLOATS, Tensor
+from taia.configs import settings_note
 from taia.errors import SourceError
 from taia.gguf_header import GgufFile, open_gguf
 from taia.gguf_kinds import classify_gguf
@@ -29,7 +30,8 @@ SHAPING = (
     "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "expert_count", "expert_used_count", "ssm.state_size", "ssm.inner_size",
 )  # fmt: skip
-"""Fields of an architecture that say how the numbers of a tensor are read."""
+"""Fields of an architecture that say how the numbers of a tensor are read. The others (RoPE, the
+epsilon of norms, windows) say what is computed with them, and differing is noted."""
 
 TOKENS = "tokenizer.ggml.tokens"
 SIDES = (".lora_a", ".lora_b")
@@ -93,7 +95,37 @@ def _plan_models(base: GgufFile, tuned: GgufFile, selection: Selection, requanti
         elif not same or tensor.dtype not in FLOATS:
             mixes.add(tensor, other, strength)
         decisions.append(Decision(name, address, origin, strength, tensor.bytes, tensor.parameters))
-    return Plan(selection, base, tuned, tuple(decisions), tuple(faults + mixes.faults()))
+    mixed = any(decision.source is not Origin.TUNED for decision in decisions)
+    notes = _setting_notes(base, tuned) if mixed else []
+    faults += mixes.faults()
+    return Plan(selection, base, tuned, tuple(decisions), tuple(faults), notes=tuple(notes))
+
+
+def _setting_notes(base: GgufFile, tuned: GgufFile) -> list[str]:
+    """A note on the fields of the architecture that differ, or that one file does not state.
+
+    One that is not stated has a value in llama.cpp, and a scaling of RoPE is often in one only.
+    """
+    name = base.model_type
+    elsewhere = {f"{name}.{key}" for key in (*SHAPING, "vocab_size")}
+    keys = [key for key in dict.fromkeys([*base.fields, *tuned.fields])
+            if key.startswith(f"{name}.") and key not in elsewhere]  # fmt: skip
+    return settings_note(
+        "the fields of base and tuned differ",
+        [(k, _shown(base, k), _shown(tuned, k)) for k in keys if not _alike(base, tuned, k)],
+    )
+
+
+def _alike(base: GgufFile, tuned: GgufFile, key: str) -> bool:
+    old, new = base.config.get(key), tuned.config.get(key)
+    return (old is not None and old == new) or base.digest(key) == tuned.digest(key)
+
+
+def _shown(model: GgufFile, key: str) -> str:
+    if key not in model.fields:
+        return "not stated"
+    value = model.config.get(key, "a list")
+    return f"{value:g}" if isinstance(value, float) else f"{value!s:.60}"
 
 
 def _field_faults(base: GgufFile, tuned: GgufFile) -> list[str]:
