@@ -162,6 +162,21 @@ def test_a_tied_end_and_an_adapter_are_refused(pair, adapters, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_of_three_dimensions_is_refused_by_name(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=64
+    )
+    for seed, name in enumerate(["base", "tuned"]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    with pytest.raises(taia.TaiaError, match="cannot be a LoRA adapter") as caught:
+        taia.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", 8, "attention.q")
+    assert "transformer.layer.1.rel_attn.q: [32, 4, 8] is no parameter of an" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_prints_every_error(pair, tmp_path):
     import subprocess
     import sys

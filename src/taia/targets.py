@@ -22,7 +22,7 @@ from taia.layouts import Place, family_of, place_of
 from taia.lora import is_conv1d
 from taia.pieces import Copy, Piece, pieces
 from taia.plan import Decision, Origin, Plan
-from taia.stacked import IN_OUT_TYPES
+from taia.stacked import IN_OUT_TYPES, ORDER
 
 __all__ = ["Target", "Targets", "find_targets"]
 
@@ -134,6 +134,8 @@ def find_targets(planned: Plan) -> Targets:
         decision = decisions[parts[0][1].name]
         try:
             target = _target(live, decision, parts, planned)
+            if target is not None and target.form == "experts":
+                _refuse_unordered(live, parts[0][1].base.tensor.shape)
         except ValueError as reason:
             faults.append(f"{live}: {reason}")
             continue
@@ -182,6 +184,15 @@ def _target(
     elif is_conv1d(live.rpartition(".")[0], model_type):
         form = "conv1d"
     return Target(live, form, kind, tensor.dtype, single)
+
+
+def _refuse_unordered(live: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a parameter whose place among PEFT's nested wrappers is not known.
+
+    Three dimensions alone make no experts: XLNet's attention is (width, heads, size of a head).
+    """
+    if live.rpartition(".")[2] not in ORDER:
+        raise ValueError(f"{list(shape)} is no parameter of an expert module of transformers")
 
 
 def _joined(live: str, kind: Kind, changed: list[tuple[Place, Part]], planned: Plan) -> Target:
