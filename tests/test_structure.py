@@ -56,6 +56,7 @@ FLOORS = [
     {"push"},
     {"remote_http", "transfer"},
     {"remote", "files"},
+    {"companions"},
     {"direct"},
     {"cold", "json_stream", "copying", "workers"},
     {"untrusted", "stopping"},

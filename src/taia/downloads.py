@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taia.checkpoint import Checkpoint, Tensor
+from taia.companions import COMPANIONS
 from taia.files import check_room
 from taia.holes import mirror_of, refuse_hole
 from taia.plan import Plan
-from taia.writing import COMPANIONS
 
 if TYPE_CHECKING:
     from taia.transfer import Range

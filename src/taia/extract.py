@@ -28,6 +28,7 @@ from taia.arrays import DTYPES, Array, read_array, widen
 from taia.card import card
 from taia.changes import PREFIX
 from taia.checkpoint import BITS, Tensor, read_header
+from taia.companions import TOKENIZER_FILES, copy_companions, files_in
 from taia.downloads import Download
 from taia.errors import MismatchError, SelectionError
 from taia.factorise import factorise
@@ -48,8 +49,6 @@ from taia.sources import Form, Source, resolve
 from taia.stacked import NESTED, ORDER
 from taia.targets import Target, Targets, find_targets
 from taia.writing import (
-    TOKENIZER_FILES,
-    copy_companions,
     header_digest,
     header_of,
     record_of,
@@ -382,7 +381,7 @@ def _receipt(planned: Plan, folder: Path) -> Receipt:
     ]
     entries = with_digests(folder, entries)
     tuned_files = getattr(planned.tuned, "files", ())
-    others = [file.name for file in sorted(folder.iterdir()) if file.name not in (WEIGHTS, RECEIPT)]
+    others = files_in(folder, (WEIGHTS, RECEIPT))
     return Receipt(
         form="extracted",
         selection=str(planned.selection),

@@ -28,20 +28,29 @@ from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 
+from taia.companions import TOKENIZER_FILES
 from taia.errors import OutputError, SourceError
 from taia.files import atomic_write, check_room, read_json, staged_folder
 from taia.holes import MIRROR_MARKER
 from taia.remote import Remote, Stated, plain_name
-from taia.transfer import Range, find, merged, parts, read, subtracted, total
+from taia.transfer import (
+    MAX_SMALL_BYTES,
+    Range,
+    find,
+    merged,
+    parts,
+    read,
+    read_small,
+    subtracted,
+    total,
+    write_small,
+)
 
 __all__ = ["Mirror", "is_incomplete", "mirror_at", "open_mirror"]
 
 CONNECTIONS = 8
 FLUSH = 8 * 1024 * 1024
 """Bytes after which a part is noted as present; at most so many are fetched twice."""
-
-MAX_SMALL_BYTES = 100 * 1024 * 1024
-"""The limit of a header and of any JSON file; see `taia.checkpoint`."""
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -157,7 +166,7 @@ class Mirror:
             if not name.endswith(".safetensors") and name != INDEX:
                 with writable(self.folder):
                     chunks = [have[name]] if have and name in have else None
-                    _write_small(self.remote, self.folder, name, stated, chunks)
+                    write_small(self.remote, self.folder, name, stated, chunks)
 
     def release(self) -> None:
         """Give the room of the weights back; headers stay."""
@@ -237,7 +246,7 @@ def open_mirror(remote: Remote) -> Mirror:
     weights = {name: stated for name, stated in found.items() if name not in small}
     if not weights and INDEX not in found:
         raise _without_weights(remote)
-    content = {name: b"".join(_small(remote, name, stated)) for name, stated in small.items()}
+    content = {name: b"".join(read_small(remote, name, stated)) for name, stated in small.items()}
     if ADAPTER[0] not in found and INDEX in content:
         weights |= _shards(remote, content[INDEX])
     folder = _place(remote, small | weights)
@@ -247,7 +256,7 @@ def open_mirror(remote: Remote) -> Mirror:
     mirror.settle()
     _opened[folder] = mirror
     if ADAPTER[0] in found:
-        mirror.fetch_all(["tokenizer*", "*.model", "*.jinja", "*.json", "*.txt"], content)
+        mirror.fetch_all([*TOKENIZER_FILES, "*.json", "*.txt"], content)
     return mirror
 
 
@@ -369,31 +378,3 @@ def _header(remote: Remote, name: str, stated: Stated) -> bytes:
 def _header_end(path: Path) -> int:
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _small(remote: Remote, name: str, stated: Stated) -> Iterator[bytes]:
-    if stated.size > MAX_SMALL_BYTES:
-        raise SourceError(
-            f"{remote.text}: {name}: {stated.size:,} bytes, where {MAX_SMALL_BYTES:,} are the limit"
-        )
-    return read(remote, name, stated, 0, stated.size)
-
-
-def _write_small(
-    remote: Remote, folder: Path, name: str, stated: Stated, chunks: Iterable[bytes] | None
-) -> None:
-    """Write a small file in one step, checked against its SHA-256 where one is stated.
-
-    Without `chunks` it is downloaded.
-    """
-    partial = folder / f".{name}.partial"
-    digest = hashlib.sha256()
-    with partial.open("wb") as file:
-        for chunk in _small(remote, name, stated) if chunks is None else chunks:
-            digest.update(chunk)
-            file.write(chunk)
-    if stated.sha256 and digest.hexdigest() != stated.sha256:
-        partial.unlink()
-        raise SourceError(f"{remote.text}: {name}: not of the SHA-256 that the server states")
-    os.utime(partial, (0, 0))  # as for weights: the same file again is no change of the model
-    partial.replace(folder / name)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
+from taia.companions import file_of, fits
 from taia.errors import SourceError
 
 __all__ = [
@@ -69,6 +69,7 @@ class Remote(Protocol):
     def find(self, patterns: Sequence[str]) -> dict[str, Stated]:
         """The files of this very folder whose names are, or match, one of `patterns`.
 
+        Those of `companions.TEMPLATES` inside it are named with that folder.
         A server that cannot list a folder is asked for the names that models use.
         Raises TransferError or SourceError.
         """
@@ -92,8 +93,8 @@ def plain_name(name: object) -> bool:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether `name` is a plain name that is, or matches, one of `patterns`."""
-    return plain_name(name) and any(name == p or fnmatchcase(name, p) for p in patterns)
+    """Whether `name` is, or matches, one of `patterns`, and leads to a file of a model alone."""
+    return plain_name(file_of(name)) and fits(name, patterns)
 
 
 def checked_size(text: str, name: str, size: object) -> int:

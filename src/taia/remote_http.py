@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from taia import __version__
+from taia.companions import TEMPLATES
 from taia.errors import SourceError
 from taia.remote import Stated, TransferError, checked_size, matches
 
@@ -40,7 +41,8 @@ NAMES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "spm.model", "qwen.tiktoken", "tiktoken.model", "tekken.json",
-    "bpe.codes", "chat_template.jinja", "chat_template.json",
+    "bpe.codes", "source.spm", "target.spm", "target_vocab.json", "chat_template.jinja",
+    "chat_template.json", *(f"{TEMPLATES}/{name}.jinja" for name in ("tool_use", "rag")),
 )  # fmt: skip
 """What a server is asked for when a pattern is wanted, as it has no list of its files."""
 

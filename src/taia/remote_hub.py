@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taia.companions import file_of
 from taia.errors import SourceError
 from taia.remote import Remote, Stated, checked_size, matches
 from taia.remote_http import HttpRemote
@@ -123,17 +124,17 @@ def local_snapshot(address: HubAddress, files: dict[str, Stated]) -> Path | None
         )
         if not isinstance(cached, str) or Path(cached).stat().st_size != stated.size:
             return None
-        folder = Path(cached).parent
+        folder = Path(cached).parents[name.count("/")]
     return folder
 
 
 def _files_of(text: str, info: Any, folder: str) -> dict[str, Stated]:
-    """What the hub states of the files right inside `folder`."""
+    """What the hub states of the files right inside `folder`, and of its chat templates."""
     prefix = f"{folder}/" if folder else ""
     files = {}
     for sibling in info.siblings or ():
         name = sibling.rfilename.removeprefix(prefix)
-        if not sibling.rfilename.startswith(prefix) or "/" in name:
+        if not sibling.rfilename.startswith(prefix) or "/" in file_of(name):
             continue
         size = checked_size(text, sibling.rfilename, sibling.size)
         digest = sibling.lfs.sha256 if sibling.lfs else ""

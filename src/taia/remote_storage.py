@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from taia.companions import TEMPLATES
 from taia.errors import DependencyError, SourceError
 from taia.remote import Stated, TransferError, checked_size, matches
 
@@ -35,10 +36,20 @@ class StorageRemote:
     def find(self, patterns: Sequence[str]) -> dict[str, Stated]:
         """From a list of the folder; see Remote."""
         self._filesystem.invalidate_cache()
-        rows = self._call(self._filesystem.ls, self._folder, detail=True)
-        names = [row["name"].rpartition("/")[2] for row in rows if row.get("type") == "file"]
+        names, folders = self._list(self._folder)
+        if TEMPLATES in folders and any(p.startswith(f"{TEMPLATES}/") for p in patterns):
+            inside, _ = self._list(f"{self._folder}/{TEMPLATES}")
+            names += [f"{TEMPLATES}/{name}" for name in inside]
         found = sorted(name for name in names if matches(name, patterns))
         return {name: self._info(name) for name in found}
+
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """The names of the files, and of the folders, in a folder."""
+        kinds: dict[str, list[str]] = {"file": [], "directory": []}
+        for row in self._call(self._filesystem.ls, folder, detail=True):
+            name = row["name"].rstrip("/").rpartition("/")[2]
+            kinds.setdefault(str(row.get("type")), []).append(name)
+        return kinds["file"], kinds["directory"]
 
     def stream(self, name: str, stated: Stated, start: int, stop: int) -> Iterator[bytes]:
         """Request after request of at most PIECE; see Remote."""

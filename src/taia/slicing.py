@@ -30,6 +30,7 @@ from taia.adapter import (
 from taia.card import card
 from taia.changes import Change, Shapes, Sliced, stored
 from taia.checkpoint import Checkpoint, open_checkpoint
+from taia.companions import TOKENIZER_FILES, copy_companions, files_in
 from taia.errors import MismatchError
 from taia.experts import Experts
 from taia.files import (
@@ -53,8 +54,6 @@ from taia.stacked import StackedModule
 from taia.unstack import unstack
 from taia.vectors import Ia3Vector, TokenRows
 from taia.writing import (
-    TOKENIZER_FILES,
-    copy_companions,
     header_digest,
     header_of,
     record_of,
@@ -329,7 +328,7 @@ def _receipt(
     selection: Selection,
     entries: list[Entry],
 ) -> Receipt:
-    others = [f.name for f in sorted(folder.iterdir()) if f.name not in (WEIGHTS, RECEIPT)]
+    others = files_in(folder, (WEIGHTS, RECEIPT))
     named = adapter.settings.base_model_name_or_path
     if base is None and architecture_of(adapter).model_type is not None:
         base = named  # relative to where it was named; the receipt makes it absolute

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from taia.companions import TEMPLATES
 from taia.errors import SourceError
 from taia.holes import mirror_of
 
@@ -29,7 +30,9 @@ HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 """The shape of a hub id: NAME or ORG/NAME, with an optional revision."""
 
 SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-SNAPSHOT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+SNAPSHOT = (
+    "*.safetensors", "*.json", "*.jinja", f"{TEMPLATES}/*.jinja", "*.model", "*.spm", "*.txt",
+)  # fmt: skip
 """What is taken of a repository of the hub: no pickles, no GGUF."""
 
 

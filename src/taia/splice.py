@@ -20,6 +20,7 @@ from pathlib import Path
 
 from taia import cold, direct
 from taia.checkpoint import SINGLE, Checkpoint
+from taia.companions import COMPANIONS, TOKENIZER_FILES, copy_companions, files_in
 from taia.downloads import Download
 from taia.errors import SourceError
 from taia.files import (
@@ -37,9 +38,6 @@ from taia.selection import Selection
 from taia.shards import Shard, parse_size, shards_of
 from taia.sources import Form, Source, resolve
 from taia.writing import (
-    COMPANIONS,
-    TOKENIZER_FILES,
-    copy_companions,
     digest_of_bytes,
     record_of,
     write_index,
@@ -269,7 +267,7 @@ def _receipt(planned: Plan, folder: Path, shards: Sequence[Shard], entries: list
 
         tuned_files = (WEIGHTS, CONFIG)
     headers = {shard.name: digest_of_bytes(shard.header) for shard in shards}
-    others = [f.name for f in sorted(folder.iterdir()) if f.name not in {*headers, RECEIPT}]
+    others = files_in(folder, {*headers, RECEIPT})
     return Receipt(
         form="checkpoint",
         selection=str(planned.selection),

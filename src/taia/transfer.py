@@ -2,23 +2,41 @@
 
 A connection that drops costs nothing but a new one: the next request begins at the byte
 after the last that arrived. Attempts without any progress are few, with a growing pause.
+Small files come whole, and are written when they are what the server states.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from taia.errors import SourceError
 from taia.remote import Remote, Stated, TransferError
 
-__all__ = ["Range", "find", "merged", "parts", "read", "subtracted", "total"]
+__all__ = [
+    "MAX_SMALL_BYTES",
+    "Range",
+    "find",
+    "merged",
+    "parts",
+    "read",
+    "read_small",
+    "subtracted",
+    "total",
+    "write_small",
+]
 
 PART = 16 * 1024 * 1024
 """Bytes of one request: enough that its latency does not matter, few enough to share out."""
 
 PAUSE = 0.25
 """Seconds before the second attempt; doubled before every further one."""
+
+MAX_SMALL_BYTES = 100 * 1024 * 1024
+"""The limit of a header and of any JSON file; see `taia.checkpoint`."""
 
 Wait = Callable[[float], object]
 
@@ -114,3 +132,34 @@ def _again(
             "the same command goes on from there"
         ) from fault
     (wait or time.sleep)(max(fault.wait, PAUSE * 2 ** (failures - 1)))
+
+
+def read_small(remote: Remote, name: str, stated: Stated) -> Iterator[bytes]:
+    """A small file. Raises SourceError for one that is not small."""
+    if stated.size > MAX_SMALL_BYTES:
+        raise SourceError(
+            f"{remote.text}: {name}: {stated.size:,} bytes, where {MAX_SMALL_BYTES:,} are the limit"
+        )
+    return read(remote, name, stated, 0, stated.size)
+
+
+def write_small(
+    remote: Remote, folder: Path, name: str, stated: Stated, chunks: Iterable[bytes] | None
+) -> None:
+    """Write a small file in one step, checked against its SHA-256 where one is stated.
+
+    Without `chunks` it is downloaded.
+    """
+    target = folder / name
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    digest = hashlib.sha256()
+    with partial.open("wb") as file:
+        for chunk in read_small(remote, name, stated) if chunks is None else chunks:
+            digest.update(chunk)
+            file.write(chunk)
+    if stated.sha256 and digest.hexdigest() != stated.sha256:
+        partial.unlink()
+        raise SourceError(f"{remote.text}: {name}: not of the SHA-256 that the server states")
+    os.utime(partial, (0, 0))  # as for weights: the same file again is no change of the model
+    partial.replace(target)

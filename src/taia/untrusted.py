@@ -25,13 +25,13 @@ BLOBS, SNAPSHOTS = "blobs", "snapshots"
 """Folders of the hub's cache, of one repository."""
 
 
-def open_regular(path: Path) -> FileIO:
-    """Open a file of a model, unbuffered, for reading.
+def open_regular(path: Path, model: Path | None = None) -> FileIO:
+    """Open a file of a model, unbuffered, for reading. `model` as for `refuse_stray_link`.
 
     Raises CheckpointError for what is no regular file, cannot be read, or is a link that
     leads out of its folder.
     """
-    refuse_stray_link(path)
+    refuse_stray_link(path, model)
     try:  # without O_NONBLOCK a pipe would block the open itself
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
@@ -43,11 +43,14 @@ def open_regular(path: Path) -> FileIO:
     return FileIO(path, "rb", opener=lambda *_: descriptor)  # whose errors name the path
 
 
-def refuse_stray_link(path: Path) -> None:
-    """Raise CheckpointError if `path` is a link that leads out of its folder."""
+def refuse_stray_link(path: Path, model: Path | None = None) -> None:
+    """Raise CheckpointError if `path` is a link that leads out of its model's folder.
+
+    That is `model`, for a file that lies in a folder inside it, else the file's own folder.
+    """
     if not path.is_symlink():
         return
-    folder = path.parent.resolve()
+    folder = (model or path.parent).resolve()
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a loop, or nothing there

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from taia.adapter import WEIGHTS, read_adapter
 from taia.checkpoint import INDEX, Checkpoint, Tensor, open_checkpoint, read_header
+from taia.companions import file_of, files_in
 from taia.compare import Pair, differing
 from taia.errors import CheckpointError, TaiaError, VerificationError
 from taia.files import read_json
@@ -74,23 +75,24 @@ def _file_faults(folder: Path, receipt: Receipt) -> list[str]:
     """Files that are missing, additional or altered, weights aside."""
     faults = []
     expected = {RECEIPT, *receipt.headers, *receipt.files}
-    for file in sorted(folder.iterdir()):
-        if file.name not in expected and not file.name.startswith("."):
-            faults.append(f"{file.name}: not written by taia")
+    there = files_in(folder)
+    for name in there:
+        if name not in expected and not file_of(name).startswith("."):
+            faults.append(f"{name}: not written by taia")
     for name, digest in receipt.files.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(file_of(name)).name != file_of(name):
             faults.append(f"{name}: the receipt names a file outside the folder")
-        elif not path.is_file():
+        elif name not in there or not path.is_file():
             faults.append(f"{name}: missing")
-        elif _digest_of(path) != digest:
+        elif _digest_of(path, folder) != digest:
             faults.append(f"{name}: altered")
     return faults
 
 
-def _digest_of(path: Path) -> str | None:
+def _digest_of(path: Path, folder: Path) -> str | None:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, folder) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, CheckpointError):
         return None

@@ -1,8 +1,7 @@
-"""What every output has in common: headers, companions, digests, the records of a receipt."""
+"""What every output has in common: headers, digests, the records of a receipt."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,30 +10,14 @@ from taia.checkpoint import INDEX, Tensor
 from taia.copying import BLOCK
 from taia.holes import mirror_of
 from taia.receipt import Entry, FileIdentity, SourceRecord, digest_of, identity
-from taia.untrusted import refuse_stray_link
 
 __all__ = [
-    "COMPANIONS",
-    "TOKENIZER_FILES",
-    "copy_companions",
     "digest_of_bytes",
     "header_digest",
     "header_of",
     "record_of",
     "write_index",
 ]
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken", "*.jinja", "chat_template.json", "tekken.json", "bpe.codes",
-    "tokenization_*.py",
-)  # fmt: skip
-COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "*_processor_config.json", "video_preprocessor_config.json", "configuration_*.py",
-    "modeling_*.py", *TOKENIZER_FILES,
-)  # fmt: skip
-"""Files beside the weights that belong to a model, by the names that transformers gives them."""
 
 
 def header_of(tensors: Iterable[Tensor], place: int = 0) -> bytes:
@@ -64,26 +47,6 @@ def write_index(folder: Path, entries: Sequence[Entry]) -> None:
         "weight_map": {entry.name: entry.file for entry in sorted(entries, key=lambda e: e.name)},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_companions(
-    source: Path, folder: Path, patterns: Sequence[str], without: Sequence[str] = ()
-) -> None:
-    """Copy the files of `source` that match `patterns` and not `without`; content only.
-
-    Weights are none of them, whatever their name: they would overwrite those of the output.
-    """
-    import shutil  # slow to load; the weights are being written meanwhile
-
-    def matches(name: str, among: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in among)
-
-    unwanted = ("*.safetensors", *without)
-    for file in sorted(source.iterdir()):
-        wanted = matches(file.name, patterns) and not matches(file.name, unwanted)
-        if wanted and not file.is_dir():
-            refuse_stray_link(file)  # one that leads nowhere as well
-            shutil.copyfile(file, folder / file.name)
 
 
 def record_of(text: str, path: Path, files: Iterable[str]) -> SourceRecord:
