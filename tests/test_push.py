@@ -56,8 +56,10 @@ def test_an_output_is_uploaded_whole_in_one_commit(run, hub, tmp_path):
 def test_an_existing_model_is_replaced_on_request_and_its_weights_go(run, hub, tmp_path):
     old = hub.root / "org" / "old"
     old.mkdir(parents=True)
-    stale = ["adapter_config.json", "model-00009-of-00009.safetensors", "pytorch_model.bin"]
-    (old / "lora").mkdir()
+    stale = ["adapter_config.json", "additional_chat_templates/rag.jinja",
+             "model-00009-of-00009.safetensors", "pytorch_model.bin"]  # fmt: skip
+    for folder in ("lora", "additional_chat_templates"):
+        (old / folder).mkdir()
     for name in [*stale, "lora/adapter_model.safetensors", "notes.txt"]:
         (old / name).write_bytes(b"old")
     done = run("--push", "org/old")

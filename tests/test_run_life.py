@@ -16,6 +16,7 @@ from chat_tools import tiny_chat_model
 from taia.errors import RecipeError, TaiaError
 from taia.training.callbacks import read_log
 from taia.training.finetune import finetune
+from taia.training.folder import CHECKPOINTS, RECORD, publish
 
 FAST = {"batch_size": 4, "learning_rate": 1e-2, "rank": 2, "max_length": 64}
 KILLED = """
@@ -166,3 +167,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(method, places, 
     losses = [[line["loss"] for line in read_log(at / "log.jsonl")] for at in (straight.out, out)]
     assert losses[0] == losses[1]
     assert all(map(math.isfinite, losses[0]))
+
+
+def test_what_a_run_that_died_while_it_published_left_is_replaced(tmp_path):
+    name = "additional_chat_templates"
+    for place, text in (("out", "old"), ("finished", "new")):
+        (tmp_path / place / name).mkdir(parents=True)
+        (tmp_path / place / name / "rag.jinja").write_text(text)
+    (tmp_path / "out" / CHECKPOINTS).mkdir()
+    publish(tmp_path / "out", tmp_path / "finished", {"steps": 1})
+    assert (tmp_path / "out" / name / "rag.jinja").read_text() == "new"
+    assert json.loads((tmp_path / "out" / RECORD).read_text()) == {"steps": 1}
+    assert not (tmp_path / "out" / CHECKPOINTS).exists()

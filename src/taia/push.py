@@ -1,8 +1,9 @@
 """An output on the hub: whether it may go there, asked before any work, and the upload after.
 
 The folder is complete on this disk first; an upload that fails leaves it there. Everything
-goes in one commit, and what the new model lacks of an earlier one's weights goes with it, as two
-sets of weights in one repository would be a model that nobody made. Subfolders stay.
+goes in one commit, and what the new model lacks of an earlier one's weights and chat templates
+goes with it, as two sets of them in one repository would be a model that nobody made. Other
+subfolders stay.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from taia.companions import TEMPLATES
 from taia.errors import OutputError
 from taia.remote import matches
 from taia.remote_http import first_line
@@ -23,7 +25,7 @@ LOGIN = "log in with `hf auth login` and a token that may write"
 
 WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "adapter_model.bin",
-    "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "pytorch_model*.bin", "pytorch_model.bin.index.json", f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 """What makes a repository another model's; an adapter_config.json makes it an adapter."""
 

@@ -138,6 +138,8 @@ def _last_checkpoint(out: Path) -> Path | None:
 def publish(out: Path, finished: Path, record: dict[str, Any]) -> None:
     """Move the finished files into `out`, write train.json last, drop the checkpoints."""
     for file in sorted(finished.iterdir()):
+        if file.is_dir():  # of a run that died here before: a folder does not replace another
+            shutil.rmtree(out / file.name, ignore_errors=True)
         file.replace(out / file.name)
     atomic_write(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(out / CHECKPOINTS)
