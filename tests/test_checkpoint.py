@@ -329,6 +329,41 @@ def test_links_inside_the_folder_and_to_the_blobs_of_the_hub_cache(copies, tmp_p
     taia.verify(tmp_path / "out")
 
 
+def cached(cache: Path, model: Path, inside: str) -> Path:
+    """A model as huggingface_hub 2.4 keeps it: links to links to the blobs of the cache."""
+    snapshot = cache / "models--some--model" / "snapshots" / "abc" / inside
+    blobs, store = cache / "models--some--model" / "blobs", cache / "blobs" / "4f"
+    for folder in (snapshot, blobs, store):
+        folder.mkdir(parents=True)
+    (cache / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+    for number, file in enumerate(sorted(model.iterdir())):
+        name = f"4f{number:062x}"
+        file.rename(store / name)
+        (blobs / f"hash-{file.name}").symlink_to(f"../../blobs/4f/{name}")
+        up = "../" * (2 + bool(inside))
+        (snapshot / file.name).symlink_to(f"{up}blobs/hash-{file.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_the_blobs_that_all_repositories_of_the_hub_cache_share(copies, tmp_path, inside):
+    snapshot = cached(tmp_path / "hub", copies[1], inside)
+    taia.splice(copies[0], snapshot, tmp_path / "out")
+    taia.verify(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    marker = tmp_path / "hub" / "blobs" / ".huggingface-shared-blobs"
+    marker.unlink()
+    refused(copies[0], snapshot, "a link that leads out of the model's folder")
+    marker.write_text("1\n")
+    store = next((tmp_path / "hub" / "blobs" / "4f").iterdir()).parent
+    store.rename(store.with_name("private"))
+    for link in (tmp_path / "hub" / "models--some--model" / "blobs").iterdir():
+        target = link.readlink()
+        link.unlink()
+        link.symlink_to(str(target).replace("/4f/", "/private/"))
+    refused(copies[0], snapshot, "a link that leads out of the model's folder")
+
+
 def test_a_source_that_is_replaced_while_it_is_read_leaves_nothing(copies):
     from taia.splice import execute
 

@@ -2,9 +2,10 @@
 
 Whoever hands over a checkpoint chooses what its names lead to. So a file of a model is a
 regular file: a pipe or a device would hang or never end. A link may point inside its folder,
-or to the blobs of the hub's cache when the folder is a snapshot of that very cache
-(`models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`). Every other link is refused:
-the content of a private file would end up in an output, which may then be shared.
+or to the blobs of the hub's cache when the folder is in a snapshot of that very cache
+(`models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`, which may be a link to
+`blobs/XX/HASH` of the cache). Every other link is refused: the content of a private file would
+end up in an output, which may then be shared.
 
 The rule is about links inside the folder; the folder itself may be one, as the user named it.
 A file is never read through a mapping into memory: one that shrinks would kill the process.
@@ -13,6 +14,7 @@ A file is never read through a mapping into memory: one that shrinks would kill 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from io import FileIO
 from pathlib import Path
@@ -23,6 +25,12 @@ __all__ = ["open_regular", "refuse_stray_link"]
 
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 """Folders of the hub's cache, of one repository."""
+
+SHARED = ".huggingface-shared-blobs"
+"""What marks the folder of blobs that all repositories of a cache share."""
+
+REPOSITORY = re.compile(r"(models|datasets|spaces)--.")
+XET_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def open_regular(path: Path, model: Path | None = None) -> FileIO:
@@ -55,11 +63,27 @@ def refuse_stray_link(path: Path, model: Path | None = None) -> None:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a loop, or nothing there
         raise CheckpointError(f"{path}: a link that leads nowhere") from error
-    allowed = [folder]
-    if folder.parent.name == SNAPSHOTS:
-        allowed.append(folder.parent.parent / BLOBS)
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not target.is_relative_to(folder) and not _is_cached(target, folder):
         raise CheckpointError(
             f"{path}: a link that leads out of the model's folder; put the file itself there, "
             "or a hard link"
         )
+
+
+def _is_cached(target: Path, folder: Path) -> bool:
+    """Whether a file is where the hub's cache keeps those of the snapshot that `folder` is in.
+
+    That is among the blobs of its repository, or in the store that all repositories of the cache
+    share (huggingface_hub 2.4): blobs/XX/HASH, under a marker of its own.
+    """
+    for place in (folder, *folder.parents):
+        if place.parent.name == SNAPSHOTS and REPOSITORY.match(place.parent.parent.name):
+            repository = place.parent.parent
+            store = repository.parent / BLOBS
+            return target.is_relative_to(repository / BLOBS) or (
+                (store / SHARED).is_file()
+                and target.parent.parent == store
+                and XET_HASH.fullmatch(target.name) is not None
+                and target.parent.name == target.name[:2]
+            )
+    return False
