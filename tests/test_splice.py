@@ -160,7 +160,7 @@ def test_configuration_and_card_come_along(pair, tmp_path):
     assert (out / "generation_config.json").is_file()
     card = (out / "README.md").read_text()
     assert "selection: attention + ffn[0:1]*0.5" in card
-    assert "base_model:" in card
+    assert "tags: [taia, merge]" in card
     assert str(base.parent) not in card
     receipt = json.loads((out / "taia.json").read_text())
     assert receipt["selection"] == "attention + ffn[0:1]*0.5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,12 +34,14 @@ def model_card(planned: Plan, title: str) -> str:
 def card(title: str, *, base: str | None, tuned: str, selection: str, body: str) -> str:
     """A model card around `body`, which says what was kept."""
     names = [_public_name(text) for text in (base, tuned) if text]
-    front = [
-        f"base_model: {json.dumps(names)}",  # JSON is YAML
-        "base_model_relation: merge",
-        "library_name: transformers",
-        "tags: [taia, merge]",
-    ]
+    on_hub = list(filter(None, map(_repository, filter(None, (base, tuned)))))
+    front = ["library_name: transformers", "tags: [taia, merge]"]
+    if on_hub:
+        front = [
+            f"base_model: {json.dumps(on_hub)}",  # JSON is YAML
+            "base_model_relation: merge",
+            *front,
+        ]
     first = f"`{names[0]}`" if base else "its base model"
     return (
         "---\n" + "\n".join(front) + "\n---\n\n"
@@ -62,3 +65,13 @@ def _public_name(text: str) -> str:
     """A hub id or package as it is; of a path only the last part, the rest is private."""
     is_path = text.startswith(("/", ".", "~")) or Path(text).exists()
     return Path(text).absolute().name if is_path else text
+
+
+def _repository(text: str) -> str:
+    """The hub's id of a model; empty for any other source, which the hub would refuse there."""
+    if Path(text).exists():
+        return ""
+    name = text.removeprefix("hf://").partition("@")[0]
+    if text.startswith("hf://"):
+        name = "/".join(name.split("/")[:2])
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else ""
