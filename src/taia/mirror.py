@@ -16,6 +16,7 @@ into one mirror at a time.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,10 +30,11 @@ from io import FileIO
 from pathlib import Path
 
 from taia.companions import TOKENIZER_FILES
-from taia.errors import OutputError, SourceError
+from taia.errors import CheckpointError, OutputError, SourceError
 from taia.files import atomic_write, check_room, read_json, staged_folder
 from taia.holes import MIRROR_MARKER
-from taia.remote import Remote, Stated, plain_name
+from taia.index import parse_index
+from taia.remote import Remote, Stated
 from taia.transfer import (
     MAX_SMALL_BYTES,
     Range,
@@ -303,15 +305,12 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def _shards(remote: Remote, index: bytes) -> dict[str, Stated]:
-    """What is stated of the shards that an index names; the index itself is judged elsewhere."""
+    """What is stated of the shards that an index names."""
     try:
-        placed = json.loads(index)["weight_map"].values()
-        names = sorted({name for name in placed if plain_name(name)})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(
-            f"{remote.text}: {INDEX}: not an index of shards ({error!r:.100})"
-        ) from error
-    names = [name for name in names if name.endswith(".safetensors")]
+        placed = parse_index(io.BytesIO(index).read, len(index), Path(INDEX))
+    except CheckpointError as error:
+        raise SourceError(f"{remote.text}: {error}") from error
+    names = sorted(set(placed.values()))
     found = {n: s for n, s in find(remote, names).items() if n in set(names)}
     gone = [name for name in names if name not in found]
     if gone:
@@ -343,17 +342,14 @@ def _stands(mirror: Mirror) -> bool:
 def _make(mirror: Mirror, content: Mapping[str, bytes]) -> None:
     """Write the folder in one step: small files, headers in sparse files, the marker."""
     remote = mirror.remote
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        headers = list(pool.map(lambda item: _header(remote, *item), mirror.weights.items()))
     with mirror.locked(wait=600), ExitStack() as stack:
         if _stands(mirror):  # another process was first: the same files
             return
         folder = stack.enter_context(staged_folder(mirror.folder, overwrite=True))
         for name, text in content.items():
             (folder / name).write_bytes(text)
-        for (name, stated), header in zip(mirror.weights.items(), headers, strict=True):
-            (folder / name).write_bytes(header)
-            os.truncate(folder / name, stated.size)
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(lambda it: _write_header(remote, folder, *it), mirror.weights.items()))
         weights = {name: asdict(stated) for name, stated in mirror.weights.items()}
         marker = {"url": remote.url, "weights": weights}
         atomic_write(folder / MIRROR_MARKER, json.dumps(marker, indent=1))
@@ -363,8 +359,8 @@ def _make(mirror: Mirror, content: Mapping[str, bytes]) -> None:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def _header(remote: Remote, name: str, stated: Stated) -> bytes:
-    """The length field and the header of a safetensors file, or as much as makes it refused."""
+def _write_header(remote: Remote, folder: Path, name: str, stated: Stated) -> None:
+    """Make a sparse file of a safetensors file's size that holds its header, as it arrives."""
     prefix = b"".join(read(remote, name, stated, 0, min(8, stated.size)))
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(stated.size - 8, MAX_SMALL_BYTES):
@@ -372,7 +368,11 @@ def _header(remote: Remote, name: str, stated: Stated) -> bytes:
             f"{remote.text}: {name}: not a safetensors file, or truncated: a header of "
             f"{length:,} bytes is stated, the file has {stated.size:,}"
         )
-    return prefix + b"".join(read(remote, name, stated, 8, 8 + length))
+    with (folder / name).open("wb") as file:
+        file.write(prefix)
+        for chunk in read(remote, name, stated, 8, 8 + length):
+            file.write(chunk)
+        file.truncate(stated.size)
 
 
 def _header_end(path: Path) -> int:
