@@ -54,7 +54,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def untie(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
     """Both checkpoints with a stored head, if one of them has it; a note if one was added."""
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     for head, embedding in family.tied:
         found = [_stored(checkpoint, family, head) for checkpoint in (base, tuned)]
         if (found[0] is None) == (found[1] is None):
@@ -101,9 +101,9 @@ def tie_setting(tuned: Checkpoint, *, untied: bool) -> dict[str, Any]:
 
     untied: the output stores a head, and it may differ from the embedding.
     """
-    if not untied or not family_of(tuned.model_type).tied:
-        return {}
     config = tuned.config
+    if not untied or not family_of(tuned.model_type, config).tied:
+        return {}
     text = config.get("text_config")
     change: dict[str, Any] = {}
     if config.get(TIE) is not False:
@@ -122,7 +122,7 @@ def left_over(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, list[str
     only_tuned = [name for name in tuned.tensors if name not in base.tensors]
     if not only_base and not only_tuned:
         return tuned, [], []
-    family, notes, faults = family_of(base.model_type), [], []
+    family, notes, faults = family_of(base.model_type, base.config), [], []
     for checkpoint, names, what in (
         (base, only_base, "only in the base, kept from it"),
         (tuned, only_tuned, "only in the tuned model, left out"),

@@ -29,7 +29,7 @@ from typing import Any
 
 from taia.checkpoint import BITS, Checkpoint, Tensor
 
-__all__ = ["Family", "Place", "align", "family_of", "place_of"]
+__all__ = ["Family", "Place", "align", "families_of", "family_of", "is_known", "place_of"]
 
 INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
 BY_RANGES = ({"stack 0"}, {"stack 0", "concatenate 1"}, {"concatenate 0"}, {"chunk 0"})
@@ -76,6 +76,18 @@ class Family:
     prefix: str = ""
     ignored: tuple[re.Pattern[str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    outside: frozenset[str] = frozenset()
+    left_out: tuple[re.Pattern[str], ...] = ()
+
+    def live(self, key: str) -> str:
+        """The name in the live model of what `key` gave a key."""
+        if not self.prefix or key.partition(".")[0] in self.outside:
+            return key
+        return f"{self.prefix}.{key}"
+
+    def is_unsure(self, name: str) -> bool:
+        """Whether a rule that is left out may rename a tensor of this name."""
+        return any(pattern.search(name) for pattern in self.left_out)
 
     def key(self, live: str) -> str:
         """A live name without the attribute of the base model, which files may leave out."""
@@ -102,10 +114,28 @@ class Place:
         return bool(self.operations) and len(self.lives) == 1
 
 
-def family_of(model_type: str) -> Family:
-    """The rules of a model type; none for a type that the table does not know."""
+def family_of(model_type: str, config: Mapping[str, Any]) -> Family:
+    """The rules of a model type; none for a type that the table does not know.
+
+    config: config.json, which names the class: some classes of one type differ.
+    """
     index = _table()["models"].get(model_type)
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        index = _table()["classes"].get(model_type, {}).get(named[0], index)
     return Family() if index is None else _family(index)
+
+
+def families_of(model_type: str, config: Mapping[str, Any]) -> list[Family]:
+    """The rules of every class of a model type, those of the config's own class first."""
+    classes = _table()["classes"].get(model_type, {}).values()
+    others = [family_of(model_type, {}), *(_family(index) for index in classes)]
+    return list(dict.fromkeys([family_of(model_type, config), *others]))
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the table has this model type, so that its live names are known."""
+    return model_type in _table()["models"]
 
 
 def place_of(name: str, family: Family) -> Place:
@@ -151,8 +181,15 @@ def _family(index: int) -> Family:
         )
 
     ignored = tuple(re.compile(text) for text in entry["ignored"])
-    tied = tuple(entry["tied"].items())
-    return Family(rules("renamings"), rules("converters"), entry["prefix"], ignored, tied)
+    return Family(
+        rules("renamings"),
+        rules("converters"),
+        entry["prefix"],
+        ignored,
+        tuple(entry["tied"].items()),
+        frozenset(entry["outside"]),
+        tuple(re.compile(text) for text in entry["left_out"]),
+    )
 
 
 Placed = list[tuple[Place, Tensor]]
@@ -168,7 +205,7 @@ def align(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, 
     only_tuned = [tensor for name, tensor in tuned.tensors.items() if name not in base.tensors]
     if not only_base or not only_tuned:
         return base, tuned, []
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     groups = _by_live(only_base, family), _by_live(only_tuned, family)
     views: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = ({}, {})
     faults = []

@@ -16,15 +16,17 @@ from itertools import zip_longest
 import numpy as np
 
 from taia.arrays import DTYPES, Array, read_array, widen
-from taia.checkpoint import FLOATS
+from taia.checkpoint import FLOATS, Checkpoint
 from taia.kinds import Kind
-from taia.layouts import Place, family_of, place_of
+from taia.layouts import Place, family_of, is_known, place_of
 from taia.lora import is_conv1d
 from taia.pieces import Copy, Piece, pieces
 from taia.plan import Decision, Origin, Plan
 from taia.stacked import IN_OUT_TYPES
 
 __all__ = ["Target", "Targets", "find_targets"]
+
+UNKNOWN = "PEFT must be told its name in the running model, which is not known for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,11 @@ def find_targets(planned: Plan) -> Targets:
         elif decision.bytes != tensor.bytes:
             faults.append(f"{name}: the vocabulary was resized, and its new rows have no base")
         elif part.changes():
-            live, place = _live(name, decision, planned.base.model_type)
-            groups.setdefault(live, []).append((place, part))
+            live, place = _live(name, planned.base)
+            if live is None:
+                faults.append(f"{name}: {UNKNOWN} {planned.base.model_type}")
+            else:
+                groups.setdefault(live, []).append((place, part))
     matrices: list[Target] = []
     whole: dict[str, Part] = {}
     for live, parts in groups.items():
@@ -144,13 +149,16 @@ def find_targets(planned: Plan) -> Targets:
     return Targets(tuple(matrices), whole, tuple(faults))
 
 
-def _live(name: str, decision: Decision, model_type: str) -> tuple[str, Place]:
-    """The live name of a stored tensor, and its place in the live tensor."""
-    family = family_of(model_type)
+def _live(name: str, base: Checkpoint) -> tuple[str | None, Place]:
+    """The live name of a stored tensor, where the rules tell it, and its place in that tensor.
+
+    PEFT finds modules by their live names, and passes over factors that have any other.
+    """
+    family = family_of(base.model_type, base.config)
     place = place_of(name, family)
-    key = place.lives[0]
-    outside = decision.address.kind is Kind.HEAD and not name.startswith(f"{family.prefix}.")
-    return (key if outside or not family.prefix else f"{family.prefix}.{key}"), place
+    if not is_known(base.model_type) or family.is_unsure(name):
+        return None, place
+    return family.live(place.lives[0]), place
 
 
 def _target(
@@ -188,7 +196,7 @@ def _joined(live: str, kind: Kind, changed: list[tuple[Place, Part]], planned: P
     """Experts that are stored one by one; all of them, changed or not."""
     if any(set(place.operations) - {"stack 0", "concatenate 1"} for place, _ in changed):
         raise ValueError("its parts are not stored one below another; save both in one layout")
-    made, family = pieces(planned), family_of(planned.base.model_type)
+    made, family = pieces(planned), family_of(planned.base.model_type, planned.base.config)
     wanted = changed[0][0].lives[0]
     items: dict[int, list[tuple[int, Part]]] = {}
     for name, tensor in planned.base.tensors.items():

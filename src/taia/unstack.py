@@ -81,7 +81,7 @@ def unstack(base: Checkpoint, adapter: Adapter) -> Adapter:
     ]
     if not apart:
         return adapter
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     places: dict[str, list[tuple[Place, str]]] = defaultdict(list)
     for name in base.tensors:
         place = place_of(name, family)
