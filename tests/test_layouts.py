@@ -221,15 +221,38 @@ def test_names_go_where_transformers_puts_them(model_type):
     for one in every if model_type == "every" else [model_type]:
         for architecture in every[one]:
             family = family_of(one, {"architectures": [architecture]})
-            model = on_meta(one, architecture)
-            for name, loaded in names_of(model):
-                place = place_of(name, family)
-                assert place.lives[0] == family.key(loaded), (architecture, name)
-                checked += 1
-            for name in model.state_dict():
-                assert family.live(family.key(name)) == name, (architecture, name)
+            checked += check_names(on_meta(one, architecture), family)
     print(f"{checked:,} names")
     assert checked > 50
+
+
+def check_names(model, family) -> int:
+    """The place of every name against transformers' own, and live names against the model's."""
+    names = names_of(model)
+    for name, loaded in names:
+        assert place_of(name, family).lives[0] == family.key(loaded), (type(model), name)
+    for name in model.state_dict():
+        assert family.live(family.key(name)) == name, (type(model), name)
+    return len(names)
+
+
+QUICK = [("llava", "mixtral"), ("internvl", "qwen3_moe")]
+MORE = [("llava", "gpt_oss"), ("llava_onevision", "deepseek_v3"), ("idefics3", "mixtral"),
+        ("blip-2", "qwen3_moe"), ("kimi_k25", "qwen3_moe"), ("fuyu", "qwen3_moe"),
+        ("gemma3", "qwen3_moe"), ("llava_next", "jamba")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)]
+)
+def test_a_language_model_of_another_type_brings_its_own_rules(model_type, text):
+    from taia.derivation.models import EXPERT_COUNTS, SMALL_TEXT
+    from taia.derivation.models import build as on_meta
+
+    made = on_meta(model_type, text_config={
+        "model_type": text, **SMALL_TEXT, **dict.fromkeys(EXPERT_COUNTS, 4)})  # fmt: skip
+    config = {"text_config": {"model_type": text}}
+    assert check_names(made, family_of(model_type, config)) > 50
 
 
 def names_of(model):

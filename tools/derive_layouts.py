@@ -11,6 +11,9 @@ first class, the causal language model where there is one; a class that differs 
 Rules of a kind that only transformers can carry out (they count, or depend on what was seen
 before) are left out, and names that need them are not aligned.
 
+Many multimodal classes take a language model of any type, by their text_config. They are built
+with their default one; the table says where it stands, and the rules of another are its own.
+
 The table also has, of each layout, the attribute of its base model, the modules that stand
 outside of it, the expressions for what it does not load, those of the rules that were left out,
 and the weights that it ties: output head -> embedding, by live names.
@@ -72,6 +75,7 @@ def layout_of(model: Any) -> Layout:
         ],
         "prefix": model.base_model_prefix,
         "outside": _outside(model),
+        "text": _text(model),
         "ignored": sorted(model._keys_to_ignore_on_load_unexpected or []),
         "tied": _tied(model),
     }
@@ -98,6 +102,19 @@ def _outside(model: Any) -> list[str]:
     return sorted(
         {name.partition(".")[0] for name in model.state_dict()} - {model.base_model_prefix}
     )
+
+
+def _text(model: Any) -> list[str] | None:
+    """Where a language model of any type stands, and the type of the one that is there."""
+    from transformers import AutoConfig, PreTrainedModel
+
+    config = model.config
+    if getattr(type(config), "sub_configs", {}).get("text_config") is not AutoConfig:
+        return None
+    for name, part in model.named_modules():
+        if name and isinstance(part, PreTrainedModel) and part.config is config.text_config:
+            return [name.removeprefix(f"{model.base_model_prefix}."), part.config.model_type]
+    return None
 
 
 def _tied(model: Any) -> dict[str, str]:

@@ -78,6 +78,7 @@ class Family:
     tied: tuple[tuple[str, str], ...] = ()
     outside: frozenset[str] = frozenset()
     left_out: tuple[re.Pattern[str], ...] = ()
+    inner: Inner | None = None
 
     def live(self, key: str) -> str:
         """The name in the live model of what `key` gave a key."""
@@ -92,6 +93,14 @@ class Family:
     def key(self, live: str) -> str:
         """A live name without the attribute of the base model, which files may leave out."""
         return live.removeprefix(f"{self.prefix}.") if self.prefix else live
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """A language model of another type than the one that a family's rules were derived with."""
+
+    at: str
+    family: Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +132,16 @@ def family_of(model_type: str, config: Mapping[str, Any]) -> Family:
     named = config.get("architectures")
     if isinstance(named, list) and named and isinstance(named[0], str):
         index = _table()["classes"].get(model_type, {}).get(named[0], index)
-    return Family() if index is None else _family(index)
+    return Family() if index is None else _with_text(_family(index), index, config)
+
+
+def _with_text(family: Family, index: int, config: Mapping[str, Any]) -> Family:
+    """The family with the rules of the language model that the config states, where it may."""
+    text, stated = _table()["layouts"][index]["text"], config.get("text_config")
+    kind = stated.get("model_type") if isinstance(stated, dict) else None
+    if text is None or not isinstance(kind, str) or kind == text[1]:
+        return family
+    return dataclasses.replace(family, inner=Inner(text[0], family_of(kind, {})))
 
 
 def families_of(model_type: str, config: Mapping[str, Any]) -> list[Family]:
@@ -155,7 +173,20 @@ def place_of(name: str, family: Family) -> Place:
                 source,
                 rule.operations,
             )
-    return Place((family.key(name),))
+    key = family.key(name)
+    inner = family.inner
+    if inner is None or not key.startswith(f"{inner.at}."):
+        return Place((key,))
+    return _place_inside(key.removeprefix(f"{inner.at}."), inner)
+
+
+def _place_inside(name: str, inner: Inner) -> Place:
+    """The place of a tensor of the language model, by its name in there and its own rules."""
+    before = f"{inner.at}."
+    if inner.family.prefix and name.startswith(f"{inner.family.prefix}."):  # it has a head too
+        before += f"{inner.family.prefix}."
+    place = place_of(name, inner.family)
+    return dataclasses.replace(place, lives=tuple(before + live for live in place.lives))
 
 
 @cache
