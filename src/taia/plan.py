@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
-from taia.ends import left_over, text_config, tie_setting, untie
+from taia.ends import left_over, text_config, tie_setting, unsettled, untie
 from taia.errors import SourceError
 from taia.fused import Parts, cut_of, part_strengths
 from taia.kinds import Address, Kind, classify_all
@@ -122,6 +122,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     if any(decision.source is not Origin.TUNED for decision in decisions):
         told += config_notes(base, tuned)
     untied = changed and has_head(addresses.values())
+    faults += unsettled(tuned, addresses, wanted) if untied else []
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
         notes=tuple(notes + told), config=tie_setting(tuned, untied=untied),
