@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from adapter_tools import close
-from layout_tools import tensors, write
+from layout_tools import rewrite, tensors, write
 from peft import PeftModel
 from vision_tools import FAMILIES, build, language_linears, load, logits, train
 
@@ -32,11 +32,17 @@ def saved(tmp_path_factory):
             for name, seed in (("base", 0), ("tuned", 1)):
                 build(model_type, seed).save_pretrained(root / name)
             model = load(root / "base")
-            train(model, language_linears(model, (*ATTENTION, *FFN)), root / "lora")
+            train(model, language_linears(model, (*ATTENTION, *FFN)), root / "lora",
+                  target_parameters=experts(model))  # fmt: skip
             made[model_type] = root / "base", root / "tuned", root / "lora"
         return made[model_type]
 
     return make
+
+
+def experts(model):
+    """The parameters that hold all experts of a layer; none of most models."""
+    return [name for name, _ in model.named_parameters() if "experts." in name] or None
 
 
 def attached(base, adapter):
@@ -57,7 +63,8 @@ def only(model, kinds):
     """A PEFT model with the factors of all other modules at nothing."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name and not any(f".{kind}." in name for kind in kinds):
+            kinds_in = (*kinds, "experts") if "up_proj" in kinds else kinds
+            if "lora_B" in name and not any(f".{kind}." in name for kind in kinds_in):
                 parameter.zero_()
     return model
 
@@ -166,12 +173,59 @@ def test_an_adapter_of_an_older_release_is_placed_alike(saved, tmp_path, model_t
     config = (lora / "adapter_config.json").read_text()
     factors = load_file(lora / "adapter_model.safetensors")
     layers = "model.language_model.layers."
-    first = next(n for n in tensors(base) if n.endswith("layers.0.mlp.up_proj.weight")
+    first = next(n for n in tensors(base) if n.endswith("layers.0.self_attn.q_proj.weight")
                  and "vision" not in n and "visual" not in n)  # fmt: skip
-    stem = first.removesuffix("0.mlp.up_proj.weight")
+    stem = first.removesuffix("0.self_attn.q_proj.weight")
     (old / "adapter_config.json").write_text(config.replace(layers, stem))
     renamed = {name.replace(layers, stem): tensor for name, tensor in factors.items()}
     save_file(renamed, old / "adapter_model.safetensors", {"format": "pt"})
     for name, adapter in (("new", lora), ("out", old)):
         taia.splice(base, adapter, tmp_path / name, "attention", merge=True)
     same(tensors(tmp_path / "out"), tensors(tmp_path / "new"), atol=0, rtol=0)
+
+
+def test_whole_modules_of_an_adapter_are_placed_too(saved, tmp_path):
+    """Head and embedding saved along: of a LLaVA `language_model.lm_head` in the file."""
+    base, _, _ = saved("llava")
+    settings = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    peft = train(load(base), ["q_proj"], tmp_path / "lora", **settings)
+    for keep in ("all", "head + embedding"):
+        taia.splice(base, tmp_path / "lora", tmp_path / keep, keep, merge=True)
+    merged = peft.merge_and_unload().state_dict()
+    same(load(tmp_path / "all").state_dict(), merged, atol=1e-6, rtol=1e-5)
+    ends = load(tmp_path / "head + embedding").state_dict()
+    before = load(base).state_dict()
+    for name, tensor in ends.items():
+        end = name in ("lm_head.weight", "model.language_model.embed_tokens.weight")
+        assert torch.equal(tensor, (merged if end else before)[name]), name
+
+
+def test_names_of_the_first_llava(saved, tmp_path):
+    """Its tower was one module deeper than transformers stores it today."""
+    base, tuned, _ = saved("llava")
+    deeper = ("vision_tower.", "vision_tower.vision_model.")
+    first = rewrite(base, tmp_path / "first", lambda name: name.replace(*deeper))
+    for keep in ("all - ffn", "attention"):
+        taia.splice(first, tuned, tmp_path / f"first-{keep}", keep)
+        taia.splice(base, tuned, tmp_path / keep, keep)
+        theirs = load(tmp_path / keep).state_dict()
+        same(load(tmp_path / f"first-{keep}").state_dict(), theirs, atol=0, rtol=0)
+        taia.extract(first, tuned, tmp_path / f"lora-{keep}", None, "attention")
+        attached(first, tmp_path / f"lora-{keep}")
+
+
+def test_an_extraction_without_known_names_is_refused(saved, tmp_path, monkeypatch):
+    """PEFT passes over factors that name no module, and runs the base."""
+    base, tuned, _ = saved("qwen2_vl")
+    monkeypatch.setattr("taia.targets.is_known", lambda _: False)
+    with pytest.raises(taia.TaiaError, match="its name in the running model, which is not known"):
+        taia.extract(base, tuned, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_of_another_model_is_still_refused(saved, pair, tmp_path, merge):
+    _, _, lora = saved("llava")
+    base, _ = pair("llama")
+    with pytest.raises(taia.TaiaError, match="made for another model"):
+        taia.splice(base, lora, tmp_path / "out", merge=merge)

@@ -16,6 +16,7 @@ TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 QWEN = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62,
         "vision_end_token_id": 63}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": {**TEXT, "rope_parameters": ROPE},
@@ -49,6 +50,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "mistral", **TEXT, "head_dim": 8},
         "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 8},
         "image_token_index": 60, "spatial_merge_size": 2,
+    },
+    "internvl": {  # a language model of another type than its default one, with experts
+        "text_config": {"model_type": "qwen3_moe", **TEXT, **MOE},
+        "vision_config": {**TOWER, "image_size": [16, 16], "patch_size": [8, 8]},
+        "image_token_id": 60,
     },
     "qwen3_vl": {
         "text_config": {**TEXT, "head_dim": 8, "rope_parameters": ROPE},
@@ -105,7 +111,7 @@ def train(model: Any, targets: Any, out: Path, seed: int = 3, **settings: Any) -
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     peft.save_pretrained(out)
     return peft.eval()

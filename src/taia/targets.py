@@ -194,8 +194,12 @@ def _target(
 
 def _joined(live: str, kind: Kind, changed: list[tuple[Place, Part]], planned: Plan) -> Target:
     """Experts that are stored one by one; all of them, changed or not."""
-    if any(set(place.operations) - {"stack 0", "concatenate 1"} for place, _ in changed):
-        raise ValueError("its parts are not stored one below another; save both in one layout")
+    other = {o for place, _ in changed for o in place.operations} - {"stack 0", "concatenate 1"}
+    if other:
+        raise ValueError(
+            f"loading it takes {' and '.join(sorted(other))}, so its delta in the file is not that "
+            "of the module; leave it out"
+        )
     made, family = pieces(planned), family_of(planned.base.model_type, planned.base.config)
     wanted = changed[0][0].lives[0]
     items: dict[int, list[tuple[int, Part]]] = {}
