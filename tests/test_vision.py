@@ -10,9 +10,11 @@ import torch
 from adapter_tools import close
 from layout_tools import rewrite, tensors, write
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from vision_tools import FAMILIES, build, language_linears, load, logits, train
 
 import taia
+from taia.ends import TIE
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -221,6 +223,38 @@ def test_an_extraction_without_known_names_is_refused(saved, tmp_path, monkeypat
     with pytest.raises(taia.TaiaError, match="its name in the running model, which is not known"):
         taia.extract(base, tuned, tmp_path / "out", 4)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_the_language_model_alone_fits_the_whole(tmp_path):
+    """AutoModelForCausalLM leaves the towers out, and calls the rest by other names."""
+    build("qwen3_5", 0).save_pretrained(tmp_path / "base")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert any(name.startswith("model.layers.") for name in text.state_dict())
+    peft = train(text, ["q_proj", "o_proj"], tmp_path / "lora")
+    taia.splice(tmp_path / "base", tmp_path / "lora", tmp_path / "out", merge=True)
+    assert close(logits(load(tmp_path / "out")), logits(peft))
+    taia.splice(tmp_path / "base", tmp_path / "lora", tmp_path / "sliced", "attention.q")
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+@pytest.mark.parametrize("ties", [(True, False), (False, True), (True, True)])
+def test_tied_and_untied_heads(tmp_path, model_type, ties):
+    """(True, True): both configs tie a head that both store all the same."""
+    folders, heads = [], []
+    for seed, tie in enumerate(ties):
+        stored = tie and ties != (True, True)
+        text = FAMILIES[model_type]["text_config"] | {TIE: stored}
+        model = build(model_type, seed, text_config=text, **{TIE: stored})
+        model.save_pretrained(folder := tmp_path / f"{seed}")
+        heads.append(model.get_output_embeddings().weight)
+        if ties == (True, True):
+            setting = {TIE: True, "text_config": model.config.text_config.to_dict() | {TIE: True}}
+            folder = write(tmp_path / f"both{seed}", tensors(folder), folder, **setting)
+        folders.append(folder)
+    for keep in ("attention + head", "all - head"):
+        taia.splice(*folders, tmp_path / keep, keep)
+        taia.verify(tmp_path / keep)
+        assert torch.equal(load(tmp_path / keep).get_output_embeddings().weight, heads["+" in keep])
 
 
 @pytest.mark.parametrize("merge", [True, False])

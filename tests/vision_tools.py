@@ -17,6 +17,19 @@ ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.
 QWEN = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62,
         "vision_end_token_id": 63}  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+QWEN3_TOWER = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2,
+               "intermediate_size": 24, "patch_size": 4, "num_position_embeddings": 16,
+               "deepstack_visual_indexes": [0]}  # fmt: skip
+QWEN3_5 = {
+    "text_config": {**TEXT, "head_dim": 8, "rope_parameters": ROPE, "linear_key_head_dim": 8,
+                    "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4,
+                    "layer_types": ["linear_attention", "full_attention", "full_attention"]},
+    "vision_config": QWEN3_TOWER,
+    **QWEN,
+}  # fmt: skip
+"""A type of two classes: with its towers, and the language model alone under other names."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": {**TEXT, "rope_parameters": ROPE},
@@ -58,9 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": {
         "text_config": {**TEXT, "head_dim": 8, "rope_parameters": ROPE},
-        "vision_config": {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2,
-                          "intermediate_size": 24, "patch_size": 4, "num_position_embeddings": 16,
-                          "deepstack_visual_indexes": [0]},
+        "vision_config": QWEN3_TOWER,
         **QWEN,
     },
 }  # fmt: skip
@@ -69,7 +80,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def build(model_type: str, seed: int, **changes: Any) -> Any:
     """A random model, biases and norms included, on the CPU."""
-    config = AutoConfig.for_model(model_type, **(FAMILIES[model_type] | changes))
+    fields = {**FAMILIES, "qwen3_5": QWEN3_5}[model_type]
+    config = AutoConfig.for_model(model_type, **(fields | changes))
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
