@@ -202,6 +202,22 @@ def test_whole_modules_of_an_adapter_are_placed_too(saved, tmp_path):
         assert torch.equal(tensor, (merged if end else before)[name]), name
 
 
+def test_the_deltas_of_an_adapter_are_those_of_its_merge(saved, tmp_path):
+    from taia.analysis.deltas import delta_norms
+
+    base, _, lora = saved("qwen2_5_vl")
+    taia.splice(base, lora, tmp_path / "merged", "all", merge=True)
+    moved = write(tmp_path / "moved", load(tmp_path / "merged").state_dict(), base)
+    norms = [
+        {(row.kind, row.projection, row.layer): row.norm for row in delta_norms(base, other)
+         if row.norm > 0}
+        for other in (lora, tmp_path / "merged", moved)
+    ]  # fmt: skip
+    assert norms[0]
+    for others in norms[1:]:
+        assert others == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_names_of_the_first_llava(saved, tmp_path):
     """Its tower was one module deeper than transformers stores it today."""
     base, tuned, _ = saved("llava")

@@ -32,6 +32,7 @@ from taia.errors import MismatchError, SourceError
 from taia.experts import Experts
 from taia.files import atomic_write
 from taia.kinds import Address, classify_all
+from taia.layouts import align
 from taia.lora import LoraModule
 from taia.sources import Form, Source, resolve
 from taia.stored_names import StoredNames
@@ -161,7 +162,8 @@ def _check_belongs(
 
 
 def _checkpoint_pieces(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Piece]:
-    faults = [f"{name}: only in {tuned.text}" for name in tuned.tensors.keys() - base.tensors]
+    base, tuned, faults = align(base, tuned)
+    faults += [f"{name}: only in {tuned.text}" for name in tuned.tensors.keys() - base.tensors]
     faults += [f"{name}: only in {base.text}" for name in base.tensors.keys() - tuned.tensors]
     faults += [
         f"{name}: {list(tensor.shape)} in {base.text}, {list(tuned.tensors[name].shape)} in "
