@@ -156,6 +156,25 @@ def test_configs_that_disagree_on_a_head_that_both_store(
         assert torch.equal(logits(tmp_path / "out"), logits(whole))
 
 
+def test_a_head_among_more_that_is_tied_is_refused(tmp_path):
+    """Of a T5 one setting unties the encoder's embedding and the decoder's as well."""
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "vocab_size": 32,
+             "num_layers": 2}  # fmt: skip
+    both, apart = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
+        made.save_pretrained(like := tmp_path / f"{seed}")
+        state = tensors(like) | {HEAD: torch.randn(32, 16)}
+        both.append(write(tmp_path / f"tied{seed}", state, like, tie_word_embeddings=True))
+        apart.append(write(tmp_path / f"apart{seed}", state, like, tie_word_embeddings=False))
+    with pytest.raises(taia.TaiaError, match="what else it ties is not known for t5"):
+        taia.splice(*both, tmp_path / "out", keep="attention + head")
+    for keep in ("attention", "all", "all - embedding - head"):
+        taia.splice(*both, tmp_path / "out", keep=keep, overwrite=True)
+    taia.splice(*apart, tmp_path / "parted", keep="attention + head")
+
+
 def test_only_a_head_of_the_language_model_is_no_tie():
     speech = Address(Kind.HEAD, None, None, "generator")
     words = Address(Kind.EMBEDDING, None, None, "language")

@@ -238,3 +238,54 @@ def test_projection_is_near_the_exact_decomposition(decay):
     values = np.linalg.svd(matrix, compute_uv=False)
     a, b = factorise(matrix, 16)
     assert np.linalg.norm(matrix - b @ a) <= 1.02 * np.linalg.norm(values[16:])
+
+
+def test_full_rank_of_16_bits_loses_nothing_to_rounding(pair, tmp_path):
+    base, tuned = pair("llama", "bfloat16")
+    extraction = taia.extract(base, tuned, tmp_path / "adapter", None)
+    assert extraction.error < 1e-5
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {factor.dtype for factor in factors.values()} == {torch.float32}
+    taia.splice(base, tuned, tmp_path / "spliced")
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (base, tmp_path / "spliced")
+    )
+    for row in extraction.matrices:
+        stem = f"base_model.model.{row.name.removesuffix('.weight')}.lora_"
+        delta = factors[f"{stem}B.weight"] @ factors[f"{stem}A.weight"]
+        made = before[row.name].float() + delta
+        assert torch.allclose(made, after[row.name].float(), rtol=0, atol=1e-6)
+    taia.verify(tmp_path / "adapter")
+    small = taia.extract(base, tuned, tmp_path / "small", 2)
+    factors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert {factor.dtype for factor in factors.values()} == {torch.bfloat16}
+    assert small.error > 0.1
+
+
+def test_an_embedding_inside_attention_is_extracted_as_one(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+    extraction = taia.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", None)
+    assert any("relative_attention_bias" in row.name for row in extraction.matrices)
+    taia.splice(tmp_path / "base", tmp_path / "tuned", tmp_path / "spliced")
+    model = PeftModel.from_pretrained(
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).merge_and_unload()
+    expected = T5ForConditionalGeneration.from_pretrained(tmp_path / "spliced").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_settings_that_differ_are_told_for_what_they_mean_to_an_adapter(pair, tmp_path):
+    base, tuned = pair("llama")
+    shutil.copytree(tuned, tmp_path / "tuned")
+    changed = json.loads((tuned / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(changed))
+    notes = []
+    taia.extract(base, tmp_path / "tuned", tmp_path / "adapter", 2, on_note=notes.append)
+    assert len(notes) == 1
+    assert "rms_norm_eps (1e-06 and 0.5); an adapter has none and runs under the base's" in notes[0]

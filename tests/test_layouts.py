@@ -207,37 +207,67 @@ def test_a_usual_pair_is_not_looked_up(pair):
     assert planned.base.tensors == open_checkpoint(base).tensors
 
 
-TYPES = ["mixtral", "qwen3_moe", "gemma3", "gpt_neox"]
+TYPES = ["mixtral", "qwen3_moe", "gemma3", "gpt_neox", "qwen2_vl", "llava", "qwen3_5"]
 
 
 @pytest.mark.parametrize("model_type", [*TYPES, pytest.param("every", marks=pytest.mark.slow)])
 def test_names_go_where_transformers_puts_them(model_type):
     """The rules as they ship against the library's own renaming of every name on disk."""
+    from taia.derivation.models import architectures
+    from taia.derivation.models import build as on_meta
+
+    every = architectures()
+    checked = 0
+    for one in every if model_type == "every" else [model_type]:
+        for architecture in every[one]:
+            family = family_of(one, {"architectures": [architecture]})
+            checked += check_names(on_meta(one, architecture), family)
+    print(f"{checked:,} names")
+    assert checked > 50
+
+
+def check_names(model, family) -> int:
+    """The place of every name against transformers' own, and live names against the model's."""
+    names = names_of(model)
+    for name, loaded in names:
+        assert place_of(name, family).lives[0] == family.key(loaded), (type(model), name)
+    for name in model.state_dict():
+        assert family.live(family.key(name)) == name, (type(model), name)
+    return len(names)
+
+
+QUICK = [("llava", "mixtral"), ("internvl", "qwen3_moe")]
+MORE = [("llava", "gpt_oss"), ("llava_onevision", "deepseek_v3"), ("idefics3", "mixtral"),
+        ("blip-2", "qwen3_moe"), ("kimi_k25", "qwen3_moe"), ("fuyu", "qwen3_moe"),
+        ("gemma3", "qwen3_moe"), ("llava_next", "jamba")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)]
+)
+def test_a_language_model_of_another_type_brings_its_own_rules(model_type, text):
+    from taia.derivation.models import EXPERT_COUNTS, SMALL_TEXT
+    from taia.derivation.models import build as on_meta
+
+    made = on_meta(model_type, text_config={
+        "model_type": text, **SMALL_TEXT, **dict.fromkeys(EXPERT_COUNTS, 4)})  # fmt: skip
+    config = {"text_config": {"model_type": text}}
+    assert check_names(made, family_of(model_type, config)) > 50
+
+
+def names_of(model):
+    """Every name that a file of this model may have, and the name that loading gives it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
     from taia.derivation.disk import _loader, _reverted
-    from taia.derivation.models import build as on_meta
-    from taia.derivation.models import causal_types as model_types
 
-    checked = 0
-    for one in model_types() if model_type == "every" else [model_type]:
-        family = family_of(one)
-        if not family.renamings:
-            continue
-        model = on_meta(one)
-        rules = get_model_conversion_mapping(model)
-        known = [rule for rule in rules if type(rule).__name__ in KNOWN]
-        disk = list(get_model_conversion_mapping(model, add_legacy=False))
-        names = set(model.state_dict()) | set(_reverted(model, disk))
-        names |= set(_reverted(model, [r for r in disk if not isinstance(r, PrefixChange)]))
-        loaded = _loader(known)
-        for name in names:
-            place = place_of(name, family)
-            assert place.lives[0] == family.key(loaded(name)), (one, name)
-            checked += 1
-    print(f"{checked:,} names")
-    assert checked > 50
+    rules = get_model_conversion_mapping(model)
+    disk = list(get_model_conversion_mapping(model, add_legacy=False))
+    names = set(model.state_dict()) | set(_reverted(model, disk))
+    names |= set(_reverted(model, [r for r in disk if not isinstance(r, PrefixChange)]))
+    loaded = _loader([rule for rule in rules if type(rule).__name__ in KNOWN])
+    return [(name, loaded(name)) for name in sorted(names)]
 
 
 @pytest.mark.slow
@@ -245,9 +275,10 @@ def test_the_shipped_rules_are_those_of_the_installed_transformers():
     import transformers
     from derive_layouts import TABLE, derive, to_json
 
-    from taia.derivation.models import causal_types
+    from taia.derivation.models import architectures
 
-    found, _ = derive(causal_types())
+    found, failed = derive(sorted(architectures()))
+    assert not failed
     assert TABLE.read_text() == to_json(found, transformers.__version__)
 
 

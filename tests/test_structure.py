@@ -41,7 +41,7 @@ FLOORS = [
     {"unstack"},
     {"decisions", "folded"},
     {"parted", "factor_rows"},
-    {"adapter"},
+    {"adapter", "stored_names"},
     {"switches", "vectors", "ends", "configs", "fused", "experts", "molora", "routing"},
     {"lora", "stacked", "low_rank", "layouts", "quantised"},
     {"changes", "peft_config"},

@@ -13,7 +13,7 @@ from typing import Any
 
 from taia.checkpoint import Checkpoint
 
-__all__ = ["config_notes", "settings_note"]
+__all__ = ["ADAPTER", "config_notes", "settings_note"]
 
 INERT = re.compile(
     r"_name_or_path|transformers_version|(torch_)?dtype|architectures|auto_map|use_cache"
@@ -28,25 +28,30 @@ SHOWN = 6
 """Settings that a note lists before it only counts."""
 
 
-def config_notes(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+CHECKPOINT = "the output has the tuned model's, and weights of the base will run under it"
+ADAPTER = "an adapter has none and runs under the base's, for which the tuned weights were not made"
+"""What comes of settings that differ, in an output that is a model and in one that is not."""
+
+
+def config_notes(base: Checkpoint, tuned: Checkpoint, outcome: str = CHECKPOINT) -> list[str]:
     """A note on the settings that both configs state and that differ; none if none do."""
     return settings_note(
         "config.json of base and tuned differ",
         [(n, f"{old!r:.60}", f"{new!r:.60}")
          for n, old, new in _differences(base.config, tuned.config)],
+        outcome,
     )  # fmt: skip
 
 
-def settings_note(what: str, differences: Sequence[tuple[str, str, str]]) -> list[str]:
+def settings_note(
+    what: str, differences: Sequence[tuple[str, str, str]], outcome: str = CHECKPOINT
+) -> list[str]:
     """The note on settings (name, of the base, of the tuned model) that differ; none if none do."""
     told = [f"{name} ({old} and {new})" for name, old, new in differences]
     if not told:
         return []
     more = f" and {len(told) - SHOWN} more" if told[SHOWN:] else ""
-    return [
-        f"{what} in {', '.join(told[:SHOWN])}{more}; the output has the tuned model's, and weights "
-        "of the base will run under it"
-    ]
+    return [f"{what} in {', '.join(told[:SHOWN])}{more}; {outcome}"]
 
 
 def _differences(

@@ -21,8 +21,9 @@ from taia.checkpoint import Checkpoint, Tensor
 from taia.errors import KindError
 from taia.kinds import Address, Kind, classify, is_extra_layer
 from taia.layouts import Family, family_of, place_of
+from taia.ties import stated_tie
 
-__all__ = ["TIE", "left_over", "text_config", "tie_setting", "untie"]
+__all__ = ["TIE", "left_over", "text_config", "tie_setting", "unsettled", "untie"]
 
 TIE = "tie_word_embeddings"
 
@@ -60,7 +61,7 @@ def untie(
     The last list holds a fault where the config of the other says that its head is not tied:
     then it was saved without its head, and what its head was is not known.
     """
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     for head, embedding in family.tied:
         found = [_stored(checkpoint, family, head) for checkpoint in (base, tuned)]
         if (found[0] is None) == (found[1] is None):
@@ -119,9 +120,9 @@ def tie_setting(tuned: Checkpoint, *, untied: bool) -> dict[str, Any]:
 
     untied: the output stores a head, and it may differ from the embedding.
     """
-    if not untied or not family_of(tuned.model_type).tied:
-        return {}
     config = tuned.config
+    if not untied or not family_of(tuned.model_type, config).tied:
+        return {}
     text = config.get("text_config")
     change: dict[str, Any] = {}
     if config.get(TIE) is not False:
@@ -129,6 +130,31 @@ def tie_setting(tuned: Checkpoint, *, untied: bool) -> dict[str, Any]:
     if isinstance(text, dict) and text.get(TIE) is not False:
         change["text_config"] = {**text, TIE: False}
     return change
+
+
+def unsettled(
+    tuned: Checkpoint, addresses: Mapping[str, Address], wanted: Mapping[str, float | None]
+) -> list[str]:
+    """The fault of a head that is untied under a config that ties it, and maybe more besides.
+
+    Of such a family it is not known what `tie_word_embeddings: false` would untie as well.
+    """
+    if not stated_tie(tuned.config) or family_of(tuned.model_type, tuned.config).tied:
+        return []
+    ends: dict[Kind, list[str]] = {Kind.EMBEDDING: [], Kind.HEAD: []}
+    for name, address in addresses.items():
+        if address.kind in ends and address.tower == "language" and name in tuned.tensors:
+            ends[address.kind].append(name)
+    shapes = [tuned.tensors[name].shape for name in ends[Kind.EMBEDDING]]
+    heads = [name for name in ends[Kind.HEAD] if tuned.tensors[name].shape in shapes]
+    if all(wanted[name] == 1 for name in [*heads, *ends[Kind.EMBEDDING]]):
+        return []
+    return [
+        f"{name}: config.json of {tuned.text} ties it to the embedding, and what else it ties is "
+        f"not known for {tuned.model_type}; give both one strength, as in '- embedding - head', "
+        f"or save the model with {TIE} false"
+        for name in heads
+    ]
 
 
 def left_over(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, list[str], list[str]]:
@@ -140,7 +166,7 @@ def left_over(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, list[str
     only_tuned = [name for name in tuned.tensors if name not in base.tensors]
     if not only_base and not only_tuned:
         return tuned, [], []
-    family, notes, faults = family_of(base.model_type), [], []
+    family, notes, faults = family_of(base.model_type, base.config), [], []
     for checkpoint, names, what in (
         (base, only_base, "only in the base, kept from it"),
         (tuned, only_tuned, "only in the tuned model, left out"),

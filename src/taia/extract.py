@@ -26,9 +26,9 @@ import numpy as np
 from taia.adapter import CONFIG, WEIGHTS
 from taia.arrays import DTYPES, Array, read_array, widen
 from taia.card import card
-from taia.changes import PREFIX
-from taia.checkpoint import BITS, Tensor, read_header
+from taia.checkpoint import BITS, Checkpoint, Tensor, read_header
 from taia.companions import TOKENIZER_FILES, copy_companions, files_in
+from taia.configs import ADAPTER, config_notes
 from taia.downloads import Download
 from taia.errors import MismatchError, SelectionError
 from taia.factorise import factorise
@@ -46,8 +46,14 @@ from taia.plan import Origin, Plan, plan
 from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
-from taia.stacked import NESTED, ORDER
-from taia.targets import Target, Targets, find_targets
+from taia.targets import (
+    Target,
+    Targets,
+    factor_keys,
+    find_targets,
+    parameters_of,
+    whole_key,
+)
 from taia.writing import (
     header_digest,
     header_of,
@@ -113,11 +119,13 @@ def extract(
     *,
     overwrite: bool = False,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Extraction:
     """Write the adapter of `rank` (None: of full rank) nearest to what `keep` keeps.
 
-    Raises MismatchError for what cannot be an adapter: two models that do not belong
-    together, a delta that is no matrix of a module, a selection under which nothing changes.
+    `on_note` is told what is worth knowing before. Raises MismatchError for what cannot be an
+    adapter: two models that do not belong together, a delta that is no matrix of a module, a
+    selection under which nothing changes.
     """
     destination, selection = Path(out), Selection.parse(keep)
     if rank is not None and rank < 1:
@@ -128,6 +136,9 @@ def extract(
         raise MismatchError(f"{tuned}: is an adapter already; --extract is for checkpoints")
     planned = plan(base, tuned, selection)
     planned.refuse_faults()
+    if on_note is not None:
+        for note in _notes(planned):
+            on_note(note)
     refuse_overlap(destination, planned.base.path, planned.tuned.path)
     with _downloaded(planned, destination):
         targets = find_targets(planned)
@@ -136,6 +147,15 @@ def extract(
         rank = full if rank is None else min(rank, full)
         with staged_folder(destination, overwrite=overwrite) as folder:
             return _write(folder, planned, targets, rank, destination.name, on_progress)
+
+
+def _notes(planned: Plan) -> list[str]:
+    """The notes of a plan, and of its configs what they mean for an adapter."""
+    assert isinstance(planned.base, Checkpoint)
+    assert isinstance(planned.tuned, Checkpoint)
+    both = planned.base, planned.tuned
+    others = set(config_notes(*both))
+    return [n for n in planned.notes if n not in others] + config_notes(*both, ADAPTER)
 
 
 def _downloaded(planned: Plan, out: Path) -> AbstractContextManager[object]:
@@ -176,10 +196,10 @@ def extraction_faults(folder: Path, receipt: Receipt) -> list[str]:
     stated = {row["name"]: row["error"] for row in read_json(folder / ERRORS)["matrices"]}
     if stated.keys() != {target.name for target in targets.matrices}:
         return [f"{ERRORS}: does not list the matrices that its selection changes"]
-    parameters = _parameters(targets)
+    parameters = parameters_of(targets)
     faults = []
     for target in targets.matrices:
-        keys = _keys(target, parameters)
+        keys = factor_keys(target, parameters)
         if not set(keys) <= stored.keys():
             faults.append(f"{target.name}: has no factors")
             continue
@@ -194,14 +214,6 @@ def extraction_faults(folder: Path, receipt: Receipt) -> list[str]:
     return faults
 
 
-def _parameters(targets: Targets) -> dict[str, list[str]]:
-    """The parameters that change, by module."""
-    parameters: dict[str, list[str]] = {}
-    for target in targets.matrices:
-        parameters.setdefault(target.module, []).append(target.name.rpartition(".")[2])
-    return parameters
-
-
 def _refuse(planned: Plan, targets: Targets) -> None:
     faults = list(targets.faults)
     if not faults and not targets.matrices:
@@ -214,33 +226,22 @@ def _refuse(planned: Plan, targets: Targets) -> None:
         )
 
 
-def _keys(target: Target, parameters: dict[str, list[str]]) -> tuple[str, str]:
-    """PEFT's names of A and B."""
-    stem = f"{PREFIX}{target.module}"
-    if target.form == "embedding":
-        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
-    if target.form == "experts":  # the parameter registered last has the outermost wrapper
-        names = sorted(parameters[target.module], key=ORDER.index)
-        stem += NESTED * (len(names) - 1 - names.index(target.name.rpartition(".")[2]))
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-
-
 def _write_weights(
     folder: Path, targets: Targets, rank: int, on_progress: Progress | None
 ) -> tuple[Extracted, ...]:
     """Write the header, then the factors as they are found."""
-    parameters = _parameters(targets)
+    parameters = parameters_of(targets)
     described: list[Tensor] = []
     for target in targets.matrices:
         rows, columns = target.shape
         inner = rank * target.experts
         for key, shape in zip(
-            _keys(target, parameters), ((inner, columns), (rows, inner)), strict=True
+            factor_keys(target, parameters), ((inner, columns), (rows, inner)), strict=True
         ):
-            described.append(_described(key, target.dtype, shape))
+            described.append(_described(key, _dtype(target, rank), shape))
     for live, part in targets.whole.items():
         tensor = part.base.tensor
-        described.append(_described(_whole_key(live, targets), tensor.dtype, tensor.shape))
+        described.append(_described(whole_key(live, targets), tensor.dtype, tensor.shape))
     rows_done = []
     with (folder / WEIGHTS).open("wb") as file:
         file.write(header_of(described))
@@ -262,17 +263,14 @@ def _described(key: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
     return Tensor(key, dtype, shape, WEIGHTS, 0, size)
 
 
-def _whole_key(live: str, targets: Targets) -> str:
-    """A bias stands in the base layer of a module with factors; else the module is whole."""
-    module, _, part = live.rpartition(".")
-    if part == "bias" and any(target.module == module for target in targets.matrices):
-        return f"{PREFIX}{module}.base_layer.bias"
-    return f"{PREFIX}{live}"
+def _dtype(target: Target, rank: int) -> str:
+    """The base's dtype, or float32 where nothing is cut off and rounding would be all the loss."""
+    return "F32" if rank >= min(target.shape) and BITS[target.dtype] < 32 else target.dtype
 
 
 def _factors(target: Target, rank: int) -> tuple[Array, Array, Extracted]:
-    """A and B in the base's dtype, as PEFT stacks them, and how well their product fits."""
-    dtype = DTYPES[target.dtype]
+    """A and B, as PEFT stacks them, and how well their product fits."""
+    dtype = DTYPES[_dtype(target, rank)]
     out, into = target.shape
     a = np.zeros((target.experts, rank, into), dtype)
     b = np.zeros((out, rank, target.experts), dtype)  # the expert changes fastest
@@ -310,7 +308,7 @@ def _config(planned: Plan, targets: Targets, rank: int) -> dict[str, Any]:
     named = planned.base.text if not Path(planned.base.text).exists() else str(path.absolute())
     modules = {target.module for target in targets.matrices if target.form != "experts"}
     wholly = {live.rpartition(".")[0] for live in targets.whole
-              if not _whole_key(live, targets).endswith(".base_layer.bias")}  # fmt: skip
+              if not whole_key(live, targets).endswith(".base_layer.bias")}  # fmt: skip
     biases = len(wholly) < len(targets.whole)
     architectures = planned.base.config.get("architectures")
     named_class = str(architectures[0]) if isinstance(architectures, list) and architectures else ""

@@ -115,7 +115,7 @@ def cut_of(
 
     name, shape: as stored. config: config.json of its checkpoint.
     """
-    place = place_of(name, family_of(model_type))
+    place = place_of(name, family_of(model_type, config))
     if place.operations:
         return None
     key = place.lives[0]

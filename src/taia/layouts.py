@@ -29,7 +29,7 @@ from typing import Any
 
 from taia.checkpoint import BITS, Checkpoint, Tensor
 
-__all__ = ["Family", "Place", "align", "family_of", "place_of"]
+__all__ = ["Family", "Place", "align", "families_of", "family_of", "is_known", "place_of"]
 
 INTEGER = re.compile(r"(?<![^.])\d+(?![^.])")
 BY_RANGES = ({"stack 0"}, {"stack 0", "concatenate 1"}, {"concatenate 0"}, {"chunk 0"})
@@ -76,10 +76,31 @@ class Family:
     prefix: str = ""
     ignored: tuple[re.Pattern[str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    outside: frozenset[str] = frozenset()
+    left_out: tuple[re.Pattern[str], ...] = ()
+    inner: Inner | None = None
+
+    def live(self, key: str) -> str:
+        """The name in the live model of what `key` gave a key."""
+        if not self.prefix or key.partition(".")[0] in self.outside:
+            return key
+        return f"{self.prefix}.{key}"
+
+    def is_unsure(self, name: str) -> bool:
+        """Whether a rule that is left out may rename a tensor of this name."""
+        return any(pattern.search(name) for pattern in self.left_out)
 
     def key(self, live: str) -> str:
         """A live name without the attribute of the base model, which files may leave out."""
         return live.removeprefix(f"{self.prefix}.") if self.prefix else live
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """A language model of another type than the one that a family's rules were derived with."""
+
+    at: str
+    family: Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +123,37 @@ class Place:
         return bool(self.operations) and len(self.lives) == 1
 
 
-def family_of(model_type: str) -> Family:
-    """The rules of a model type; none for a type that the table does not know."""
+def family_of(model_type: str, config: Mapping[str, Any]) -> Family:
+    """The rules of a model type; none for a type that the table does not know.
+
+    config: config.json, which names the class: some classes of one type differ.
+    """
     index = _table()["models"].get(model_type)
-    return Family() if index is None else _family(index)
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        index = _table()["classes"].get(model_type, {}).get(named[0], index)
+    return Family() if index is None else _with_text(_family(index), index, config)
+
+
+def _with_text(family: Family, index: int, config: Mapping[str, Any]) -> Family:
+    """The family with the rules of the language model that the config states, where it may."""
+    text, stated = _table()["layouts"][index]["text"], config.get("text_config")
+    kind = stated.get("model_type") if isinstance(stated, dict) else None
+    if text is None or not isinstance(kind, str) or kind == text[1]:
+        return family
+    return dataclasses.replace(family, inner=Inner(text[0], family_of(kind, {})))
+
+
+def families_of(model_type: str, config: Mapping[str, Any]) -> list[Family]:
+    """The rules of every class of a model type, those of the config's own class first."""
+    classes = _table()["classes"].get(model_type, {}).values()
+    others = [family_of(model_type, {}), *(_family(index) for index in classes)]
+    return list(dict.fromkeys([family_of(model_type, config), *others]))
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the table has this model type, so that its live names are known."""
+    return model_type in _table()["models"]
 
 
 def place_of(name: str, family: Family) -> Place:
@@ -125,7 +173,20 @@ def place_of(name: str, family: Family) -> Place:
                 source,
                 rule.operations,
             )
-    return Place((family.key(name),))
+    key = family.key(name)
+    inner = family.inner
+    if inner is None or not key.startswith(f"{inner.at}."):
+        return Place((key,))
+    return _place_inside(key.removeprefix(f"{inner.at}."), inner)
+
+
+def _place_inside(name: str, inner: Inner) -> Place:
+    """The place of a tensor of the language model, by its name in there and its own rules."""
+    before = f"{inner.at}."
+    if inner.family.prefix and name.startswith(f"{inner.family.prefix}."):  # it has a head too
+        before += f"{inner.family.prefix}."
+    place = place_of(name, inner.family)
+    return dataclasses.replace(place, lives=tuple(before + live for live in place.lives))
 
 
 @cache
@@ -151,8 +212,15 @@ def _family(index: int) -> Family:
         )
 
     ignored = tuple(re.compile(text) for text in entry["ignored"])
-    tied = tuple(entry["tied"].items())
-    return Family(rules("renamings"), rules("converters"), entry["prefix"], ignored, tied)
+    return Family(
+        rules("renamings"),
+        rules("converters"),
+        entry["prefix"],
+        ignored,
+        tuple(entry["tied"].items()),
+        frozenset(entry["outside"]),
+        tuple(re.compile(text) for text in entry["left_out"]),
+    )
 
 
 Placed = list[tuple[Place, Tensor]]
@@ -168,7 +236,7 @@ def align(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, 
     only_tuned = [tensor for name, tensor in tuned.tensors.items() if name not in base.tensors]
     if not only_base or not only_tuned:
         return base, tuned, []
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     groups = _by_live(only_base, family), _by_live(only_tuned, family)
     views: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = ({}, {})
     faults = []

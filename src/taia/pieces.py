@@ -18,7 +18,8 @@ from taia.downloads import refuse_holes
 from taia.errors import CheckpointError
 from taia.fused import Cut, Parts
 from taia.holes import refuse_hole
-from taia.plan import Decision, Origin, Plan, stored_name
+from taia.plan import Decision, Origin, Plan
+from taia.stored_names import StoredNames
 
 if TYPE_CHECKING:
     from taia.adapter import Adapter
@@ -168,8 +169,9 @@ def pieces(plan: Plan, *, fetched: bool = True) -> dict[str, Piece]:
     """
     lora, whole = {}, {}
     if not isinstance(plan.tuned, Checkpoint):
-        lora = {stored_name(plan.base, m.weight): m for m in plan.tuned.modules.values()}
-        whole = {stored_name(plan.base, name): t for name, t in plan.tuned.whole.items()}
+        named = StoredNames(plan.base)
+        lora = {named(m.weight): m for m in plan.tuned.modules.values()}
+        whole = {named(name): t for name, t in plan.tuned.whole.items()}
     else:
         whole = dict(plan.tuned.tensors)
     parts = {

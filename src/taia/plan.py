@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
-from taia.ends import left_over, text_config, tie_setting, untie
+from taia.ends import left_over, text_config, tie_setting, unsettled, untie
 from taia.errors import SourceError
 from taia.folded import folded_faults
 from taia.fused import Parts, cut_of, part_strengths
@@ -27,13 +27,13 @@ from taia.layouts import align
 from taia.quantised import format_faults, is_quantised, is_text, module_faults
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
+from taia.stored_names import StoredNames
 from taia.ties import stated_tie
 
 if TYPE_CHECKING:  # what reads adapters is loaded for adapters only
     from taia.adapter import Adapter
-    from taia.changes import Shapes
 
-__all__ = ["Decision", "Origin", "Plan", "plan", "shapes_of", "stored_name", "strengths_of"]
+__all__ = ["Decision", "Origin", "Plan", "plan", "strengths_of"]
 
 
 COMPUTED = 0.5
@@ -69,7 +69,7 @@ def plan(
         from taia.adapter import read_adapter
         from taia.unstack import unstack
 
-        adapter = read_adapter(found).of(first.model_type, shapes_of(first))
+        adapter = read_adapter(found).of(first.model_type, StoredNames(first).shapes)
         adapter = unstack(first, adapter)
         return _plan_merge(first, adapter, selection)
     return _plan_pair(first, _open(found), selection)
@@ -124,6 +124,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     if any(decision.source is not Origin.TUNED for decision in decisions):
         told += config_notes(base, tuned)
     untied = changed and has_head(addresses.values())
+    faults += unsettled(tuned, addresses, wanted) if untied else []
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
         notes=tuple(notes + told), config=tie_setting(tuned, untied=untied),
@@ -137,9 +138,10 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
 
     addresses = classify_all(base.tensors, base.model_type, base.config)
     strengths, parted, tie_faults = strengths_of(base, addresses, selection)
-    lora = {stored_name(base, m.weight): m for m in adapter.modules.values()}
-    whole = {stored_name(base, name): tensor for name, tensor in adapter.whole.items()}
-    faults = [_unplaced(name) for name in [*lora, *whole] if name not in base.tensors]
+    named = StoredNames(base)
+    lora = {named(m.weight): m for m in adapter.modules.values()}
+    whole = {named(name): tensor for name, tensor in adapter.whole.items()}
+    faults = [_unplaced(name, named) for name in [*lora, *whole] if name not in base.tensors]
     decisions = []
     for name, address in addresses.items():
         tensor, strength = base.tensors[name], strengths.get(address, 0.0)
@@ -172,13 +174,13 @@ def _plan_merge(base: Checkpoint, adapter: Adapter, selection: Selection) -> Pla
     return Plan(selection, base, adapter, tuple(decisions), tuple(faults + tie_faults))
 
 
-def _unplaced(name: str) -> str:
+def _unplaced(name: str, named: StoredNames) -> str:
     """The fault of a changed weight that the base does not store."""
     if name.rpartition(".")[0].endswith(("lm_head", "embed_out")):
         return f"{name}: the base's head is tied to its embedding; untie it before merging"
     if name.endswith(".bias"):
         return f"{name}: changed by the adapter, and the base has no such bias; slice or attach it"
-    return f"{name}: changed by the adapter, not stored in the base: it was made for another model"
+    return f"{name}: changed by the adapter, {named.refusal(name)}"
 
 
 def _is_tied(base: Checkpoint, tensor: Tensor, addresses: Collection[Address]) -> bool:
@@ -190,25 +192,6 @@ def _is_tied(base: Checkpoint, tensor: Tensor, addresses: Collection[Address]) -
 def has_head(addresses: Iterable[Address]) -> bool:
     """Whether an output head of the language model is stored."""
     return any(a.kind is Kind.HEAD and a.tower == "language" for a in addresses)
-
-
-def stored_name(base: Checkpoint, name: str) -> str:
-    """The name under which `base` stores a weight; it may lack, or add, the leading module."""
-    if name in base.tensors:
-        return name
-    _, _, rest = name.partition(".")
-    candidates = [rest, *(f"{first}.{name}" for first in ("model", "transformer", "gpt_neox"))]
-    return next((candidate for candidate in candidates if candidate in base.tensors), name)
-
-
-def shapes_of(base: Checkpoint) -> Shapes:
-    """The shape under which `base` stores a weight, by the name that an adapter gives it."""
-
-    def shape(name: str) -> tuple[int, ...] | None:
-        tensor = base.tensors.get(stored_name(base, name))
-        return None if tensor is None else tensor.shape
-
-    return shape
 
 
 def strengths_of(

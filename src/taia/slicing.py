@@ -28,7 +28,7 @@ from taia.adapter import (
     read_adapter,
 )
 from taia.card import card
-from taia.changes import Change, Shapes, Sliced, stored
+from taia.changes import Change, Sliced, stored
 from taia.checkpoint import Checkpoint, open_checkpoint
 from taia.companions import TOKENIZER_FILES, copy_companions, files_in
 from taia.errors import MismatchError
@@ -46,11 +46,12 @@ from taia.holes import MIRROR_MARKER
 from taia.kinds import Address
 from taia.lora import LoraBias, LoraModule
 from taia.peft_config import matches
-from taia.plan import Origin, shapes_of
+from taia.plan import Origin
 from taia.receipt import ALGORITHM, RECEIPT, Entry, Receipt, digest_of
 from taia.selection import Selection
 from taia.sources import Form, Source, resolve
 from taia.stacked import StackedModule
+from taia.stored_names import StoredNames
 from taia.unstack import unstack
 from taia.vectors import Ia3Vector, TokenRows
 from taia.writing import (
@@ -125,9 +126,9 @@ def _decided(
     checkpoint = None
     if base is not None and resolve(base, headers_only=True).form is Form.CHECKPOINT:
         checkpoint = open_checkpoint(base)
-        shapes = shapes_of(checkpoint)
-        adapter = adapter.of(model_type, shapes)
-        _refuse_misfit(unstack(checkpoint, adapter), checkpoint, shapes)
+        named = StoredNames(checkpoint)
+        adapter = adapter.of(model_type, named.shapes)
+        _refuse_misfit(unstack(checkpoint, adapter), checkpoint, named)
     addresses = addresses_of(adapter, model_type, config)
     rows: dict[str, Parts] = {}
     strengths = kept_strengths(adapter, addresses, selection, layers, rows=rows)
@@ -145,17 +146,17 @@ def _decided(
     return adapter, addresses, strengths
 
 
-def _refuse_misfit(adapter: Adapter, base: Checkpoint, shapes: Shapes) -> None:
+def _refuse_misfit(adapter: Adapter, base: Checkpoint, named: StoredNames) -> None:
     """Raise MismatchError for an adapter whose weights do not have the shapes of the base's."""
     changed = {name: change.shape for name, change in adapter.modules.items()}
     changed |= {name: tensor.shape for name, tensor in adapter.whole.items()}
-    places = {name: shapes(name) for name in changed}
+    places = {name: named.shapes(name) for name in changed}
     faults = [
         f"{name}: the base has {list(place)}, the adapter {list(changed[name])}"
         for name, place in places.items()
         if place is not None and place != changed[name]
     ]
-    if not any(place is not None for place in places.values()):
+    if not any(named.has(name) for name in changed):
         faults.append("the base stores none of the weights that the adapter changes")
     if faults:
         raise MismatchError(f"{adapter.text}: was made for another model than {base.text}", faults)

@@ -16,15 +16,28 @@ from itertools import zip_longest
 import numpy as np
 
 from taia.arrays import DTYPES, Array, read_array, widen
-from taia.checkpoint import FLOATS
+from taia.changes import PREFIX
+from taia.checkpoint import FLOATS, Checkpoint
 from taia.kinds import Kind
-from taia.layouts import Place, family_of, place_of
+from taia.layouts import Place, family_of, is_known, place_of
 from taia.lora import is_conv1d
 from taia.pieces import Copy, Piece, pieces
 from taia.plan import Decision, Origin, Plan
-from taia.stacked import IN_OUT_TYPES, ORDER
+from taia.stacked import IN_OUT_TYPES, NESTED, ORDER
 
-__all__ = ["Target", "Targets", "find_targets"]
+__all__ = [
+    "Target",
+    "Targets",
+    "factor_keys",
+    "find_targets",
+    "parameters_of",
+    "whole_key",
+]
+
+EMBEDDINGS = {"relative_attention_bias", "rel_pos_emb", "down_embed", "up_embed"}
+"""Embeddings of transformers that are a part of attention or of the feed-forward network."""
+
+UNKNOWN = "PEFT must be told its name in the running model, which is not known for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,8 @@ class Part:
     def delta(self) -> Array:
         """What the splice changes, in float32 (float64 of float64)."""
         tensor = self.base.tensor
+        if self.piece == self.base:  # whose bytes need not be here
+            return widen(np.zeros(tensor.shape, DTYPES[tensor.dtype]))
         raw = b"".join(self.piece.chunks())
         spliced = widen(np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape))
         delta: Array = spliced - widen(read_array(self.base.folder, tensor))
@@ -112,22 +127,8 @@ class Targets:
 
 def find_targets(planned: Plan) -> Targets:
     """The targets of a plan without faults."""
-    made = pieces(planned)
     decisions = {decision.name: decision for decision in planned.decisions}
-    groups: dict[str, list[tuple[Place, Part]]] = {}
-    faults = []
-    for name, decision in decisions.items():
-        tensor = planned.base.tensors[name]
-        part = Part(name, made[name], Copy(planned.base.path, tensor))
-        if decision.source is Origin.BASE:
-            continue
-        if tensor.dtype not in FLOATS:
-            faults.append(f"{name}: dtype {tensor.dtype} has no delta")
-        elif decision.bytes != tensor.bytes:
-            faults.append(f"{name}: the vocabulary was resized, and its new rows have no base")
-        elif part.changes():
-            live, place = _live(name, decision, planned.base.model_type)
-            groups.setdefault(live, []).append((place, part))
+    groups, faults = _changed(planned)
     matrices: list[Target] = []
     whole: dict[str, Part] = {}
     for live, parts in groups.items():
@@ -146,13 +147,39 @@ def find_targets(planned: Plan) -> Targets:
     return Targets(tuple(matrices), whole, tuple(faults))
 
 
-def _live(name: str, decision: Decision, model_type: str) -> tuple[str, Place]:
-    """The live name of a stored tensor, and its place in the live tensor."""
-    family = family_of(model_type)
+def _changed(planned: Plan) -> tuple[dict[str, list[tuple[Place, Part]]], list[str]]:
+    """The stored tensors that change, by live name, and why others cannot be in an adapter."""
+    made = pieces(planned, fetched=False)  # of a remote model no more is here than is read
+    groups: dict[str, list[tuple[Place, Part]]] = {}
+    faults = []
+    for decision in planned.decisions:
+        name, tensor = decision.name, planned.base.tensors[decision.name]
+        part = Part(name, made[name], Copy(planned.base.path, tensor))
+        if decision.source is Origin.BASE:
+            continue
+        if tensor.dtype not in FLOATS:
+            faults.append(f"{name}: dtype {tensor.dtype} has no delta")
+        elif decision.bytes != tensor.bytes:
+            faults.append(f"{name}: the vocabulary was resized, and its new rows have no base")
+        elif part.changes():
+            live, place = _live(name, planned.base)
+            if live is None:
+                faults.append(f"{name}: {UNKNOWN} {planned.base.model_type}")
+            else:
+                groups.setdefault(live, []).append((place, part))
+    return groups, faults
+
+
+def _live(name: str, base: Checkpoint) -> tuple[str | None, Place]:
+    """The live name of a stored tensor, where the rules tell it, and its place in that tensor.
+
+    PEFT finds modules by their live names, and passes over factors that have any other.
+    """
+    family = family_of(base.model_type, base.config)
     place = place_of(name, family)
-    key = place.lives[0]
-    outside = decision.address.kind is Kind.HEAD and not name.startswith(f"{family.prefix}.")
-    return (key if outside or not family.prefix else f"{family.prefix}.{key}"), place
+    if not is_known(base.model_type) or family.is_unsure(name):
+        return None, place
+    return family.live(place.lives[0]), place
 
 
 def _target(
@@ -176,8 +203,10 @@ def _target(
         return Target(live, "experts", kind, tensor.dtype, single, tensor.shape[0], in_out)
     if len(tensor.shape) != 2 or not live.endswith(".weight"):
         raise ValueError(f"{list(tensor.shape)} is no matrix of a module, which LoRA could change")
-    form = "linear"
-    if kind is Kind.EMBEDDING:
+    form, leaf = "linear", live.split(".")[-2]
+    if leaf.endswith("norm"):
+        raise ValueError("a norm of several rows, which LoRA does not change; leave it out")
+    if kind is Kind.EMBEDDING or leaf in EMBEDDINGS:
         form = "embedding"
     elif kind is Kind.ROUTER:
         form = "experts"  # a parameter of its module, as stacked experts are
@@ -197,9 +226,14 @@ def _refuse_unordered(live: str, shape: tuple[int, ...]) -> None:
 
 def _joined(live: str, kind: Kind, changed: list[tuple[Place, Part]], planned: Plan) -> Target:
     """Experts that are stored one by one; all of them, changed or not."""
-    if any(set(place.operations) - {"stack 0", "concatenate 1"} for place, _ in changed):
-        raise ValueError("its parts are not stored one below another; save both in one layout")
-    made, family = pieces(planned), family_of(planned.base.model_type)
+    other = {o for place, _ in changed for o in place.operations} - {"stack 0", "concatenate 1"}
+    if other:
+        raise ValueError(
+            f"loading it takes {' and '.join(sorted(other))}, so its delta in the file is not that "
+            "of the module; leave it out"
+        )
+    made = pieces(planned, fetched=False)
+    family = family_of(planned.base.model_type, planned.base.config)
     wanted = changed[0][0].lives[0]
     items: dict[int, list[tuple[int, Part]]] = {}
     for name, tensor in planned.base.tensors.items():
@@ -223,3 +257,30 @@ def _is_tied(planned: Plan) -> bool:
             tensor = planned.base.tensors[decision.name]
             ends[decision.address.kind].add((tensor.file, tensor.start))
     return not ends[Kind.HEAD] or bool(ends[Kind.HEAD] & ends[Kind.EMBEDDING])
+
+
+def parameters_of(targets: Targets) -> dict[str, list[str]]:
+    """The parameters that change, by module."""
+    parameters: dict[str, list[str]] = {}
+    for target in targets.matrices:
+        parameters.setdefault(target.module, []).append(target.name.rpartition(".")[2])
+    return parameters
+
+
+def factor_keys(target: Target, parameters: dict[str, list[str]]) -> tuple[str, str]:
+    """PEFT's names of A and B."""
+    stem = f"{PREFIX}{target.module}"
+    if target.form == "embedding":
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    if target.form == "experts":  # the parameter registered last has the outermost wrapper
+        names = sorted(parameters[target.module], key=ORDER.index)
+        stem += NESTED * (len(names) - 1 - names.index(target.name.rpartition(".")[2]))
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def whole_key(live: str, targets: Targets) -> str:
+    """A bias stands in the base layer of a module with factors; else the module is whole."""
+    module, _, part = live.rpartition(".")
+    if part == "bias" and any(target.module == module for target in targets.matrices):
+        return f"{PREFIX}{module}.base_layer.bias"
+    return f"{PREFIX}{live}"

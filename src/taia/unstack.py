@@ -81,7 +81,7 @@ def unstack(base: Checkpoint, adapter: Adapter) -> Adapter:
     ]
     if not apart:
         return adapter
-    family = family_of(base.model_type)
+    family = family_of(base.model_type, base.config)
     places: dict[str, list[tuple[Place, str]]] = defaultdict(list)
     for name in base.tensors:
         place = place_of(name, family)
@@ -102,9 +102,9 @@ def _parts(
     base: Checkpoint,
 ) -> list[StackedPart]:
     """A part for each stored tensor; none where they do not make up the parameter."""
-    found = sorted(
-        places.get(family.key(change.weight), []), key=lambda p: (p[0].item, p[0].source)
-    )
+    lives = family.key(change.weight), place_of(change.weight, family).lives[0]
+    stored = next((places[live] for live in lives if live in places), [])
+    found = sorted(stored, key=lambda p: (p[0].item, p[0].source))
     joined = {"stack 0", "concatenate 1"}
     if any(set(place.operations) - joined for place, _ in found):
         return []

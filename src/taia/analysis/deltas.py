@@ -32,9 +32,10 @@ from taia.errors import MismatchError, SourceError
 from taia.experts import Experts
 from taia.files import atomic_write
 from taia.kinds import Address, classify_all
+from taia.layouts import align
 from taia.lora import LoraModule
-from taia.plan import shapes_of
 from taia.sources import Form, Source, resolve
+from taia.stored_names import StoredNames
 
 __all__ = ["DeltaNorm", "delta_norms", "factored_norm", "write_deltas"]
 
@@ -96,18 +97,19 @@ def factored_norm(a: Array, b: Array, scale: float) -> float:
 def _adapter_pieces(adapter: Adapter, base: Source) -> Iterator[_Piece]:
     checkpoint = open_checkpoint(base) if base.form is Form.CHECKPOINT else None
     model_type, _, config = architecture_of(adapter, base)
-    adapter = adapter.of(model_type, None if checkpoint is None else shapes_of(checkpoint))
+    named = None if checkpoint is None else StoredNames(checkpoint)
+    adapter = adapter.of(model_type, None if named is None else named.shapes)
     addresses = addresses_of(adapter, model_type, config)
-    _check_belongs(adapter, addresses, checkpoint, base)
+    _check_belongs(adapter, addresses, named, base)
     for module in adapter.modules.values():
-        weight = None if checkpoint is None else checkpoint.tensors.get(module.weight)
+        weight = None if named is None else named.tensor(module.weight)
         size = None if checkpoint is None or weight is None else _square(checkpoint.path, weight)
         delta = _module_square(adapter, module, checkpoint, weight)
         yield _Piece(addresses[module.weight], delta, size, math.prod(module.shape))
     for name, tensor in adapter.whole.items():
-        if checkpoint is None:  # _check_belongs has refused this
+        if checkpoint is None or named is None:  # _check_belongs has refused this
             continue
-        weight = checkpoint.tensors.get(name)
+        weight = named.tensor(name)
         value = widen(read_array(adapter.path, tensor)).ravel()
         before = np.zeros_like(value) if weight is None else _values(checkpoint, weight).ravel()
         yield _Piece(addresses[name], _sum(value - before), _sum(before), tensor.parameters)
@@ -130,7 +132,7 @@ def _module_square(
 def _check_belongs(
     adapter: Adapter,
     addresses: Mapping[str, Address],
-    checkpoint: Checkpoint | None,
+    named: StoredNames | None,
     base: Source,
 ) -> None:
     """Refuse an adapter of another model, and what needs base weights where there are none."""
@@ -138,7 +140,7 @@ def _check_belongs(
         name for name, change in adapter.modules.items()
         if not isinstance(change, LoraModule) or change.magnitude is not None
     ] + list(adapter.whole)  # fmt: skip
-    if checkpoint is None:
+    if named is None:
         if needy:
             raise SourceError(
                 f"{base.text}: only LoRA is measured by itself; DoRA, whole tensors and other "
@@ -148,7 +150,7 @@ def _check_belongs(
         return
     faults = []
     for name in addresses:
-        stored = checkpoint.tensors.get(name)
+        stored = named.tensor(name)
         module = adapter.modules.get(name)
         shape = module.shape if module else adapter.whole[name].shape
         if stored is None and module is not None:
@@ -160,7 +162,8 @@ def _check_belongs(
 
 
 def _checkpoint_pieces(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Piece]:
-    faults = [f"{name}: only in {tuned.text}" for name in tuned.tensors.keys() - base.tensors]
+    base, tuned, faults = align(base, tuned)
+    faults += [f"{name}: only in {tuned.text}" for name in tuned.tensors.keys() - base.tensors]
     faults += [f"{name}: only in {base.text}" for name in base.tensors.keys() - tuned.tensors]
     faults += [
         f"{name}: {list(tensor.shape)} in {base.text}, {list(tuned.tensors[name].shape)} in "

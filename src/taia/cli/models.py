@@ -161,6 +161,7 @@ def extract(options: argparse.Namespace) -> None:
         None if options.extract == "full" else options.extract,
         options.keep,
         overwrite=options.overwrite,
+        on_note=tell_note,
     )
     print_extraction(extraction, options.out, options.as_json)
 
