@@ -120,3 +120,15 @@ def test_a_chunk_is_kept_when_the_next_is_made(tmp_path):
     chunks = list(blended_chunks(place, tensor, place, tensor, 0.5, 0, count))
     assert len(chunks) == 3
     assert b"".join(chunks) == values.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [0.0, 0.5, -1.0, 1.4])
+def test_an_infinite_weight_that_both_have_stays(dtype, strength):
+    kind = DTYPES[dtype]
+    base = np.array([np.inf, -np.inf, -np.inf, -0.0, 1], kind)
+    tuned = np.array([np.inf, -np.inf, np.inf, 0.0, 3], kind)
+    mixed = blend(base, tuned, strength)
+    assert mixed[:2].tolist() == [np.inf, -np.inf]
+    assert not np.isfinite(mixed[2])
+    assert mixed[3:].tobytes() == blend(base[3:], tuned[3:], strength).tobytes()

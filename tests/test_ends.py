@@ -196,6 +196,34 @@ def test_a_decoder_that_is_deeper_than_its_encoder_lacks_nothing(tmp_path):
     assert len(faults) == len(state) - len(less) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_buffers_that_both_store_are_whole_at_every_strength(pair, tmp_path, dtype):
+    """Old saves of GPT-NeoX; of a mask and of -inf there is no half."""
+    models = []
+    for name, folder, fill in zip(("base", "tuned"), pair("gpt_neox"), (0, 1), strict=True):
+        state = tensors(folder)
+        attention = "gpt_neox.layers.0.attention"
+        state[f"{attention}.bias"] = torch.full((1, 1, 8, 8), fill).to(dtype)
+        state[f"{attention}.masked_bias"] = torch.tensor(-torch.inf, dtype=torch.float16)
+        state[f"{attention}.rotary_emb.inv_freq"] = torch.full((4,), float(fill))
+        models.append(write(tmp_path / name, state, folder))
+    stored = [tensors(folder) for folder in models]
+    buffers = stored[0].keys() - tensors(pair("gpt_neox")[0]).keys()
+    assert len(buffers) == 3
+    for keep, side in {
+        "attention*0.5": 0,
+        "attention.q": 0,
+        "none": 0,
+        "all*1.5": 0,
+        "all": 1,
+    }.items():
+        out = tmp_path / keep
+        taia.splice(*models, out, keep)
+        taia.verify(out)
+        for name in buffers:
+            assert torch.equal(tensors(out)[name], stored[side][name]), (keep, name)
+
+
 def test_settings_that_differ_are_told(pair, tmp_path, capsys):
     base, tuned = pair("llama")
     state = tensors(tuned)

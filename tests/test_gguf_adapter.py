@@ -96,8 +96,18 @@ def test_what_does_not_fit_is_told(base, tmp_path):
     assert "do not fit" in refused(base, path, good | {f"{at}a": (8, 64)})[0]
     assert "not stored in the base" in refused(
         base, path, good | {"blk.7.attn_q.weight.lora_a": (4, 64)})[0]  # fmt: skip
-    words = {"token_embd.weight.lora_a": (4, 8), "token_embd.weight.lora_b": (64, 4)}
-    assert refused(base, path, good | words) == ()
+
+
+def test_factors_of_an_embedding_have_the_shapes_that_llama_cpp_asks_for(base, tmp_path):
+    """Of A, words before rank: its rows are looked up as those of the embedding are."""
+    path, at = tmp_path / "a.gguf", "token_embd.weight.lora_"
+    words, width = read(base)["token_embd.weight"].shape
+    assert words != width
+    query = {f"blk.0.attn_q.weight.lora_{side}": shape for side, shape in
+             (("a", (4, width)), ("b", (width, 4)))}  # fmt: skip
+    assert refused(base, path, query | {f"{at}a": (words, 4), f"{at}b": (width, 4)}) == ()
+    for a, b in (((4, words), (width, 4)), ((words, 4), (width, 8)), ((width, 4), (words, 4))):
+        assert "do not fit" in refused(base, path, query | {f"{at}a": a, f"{at}b": b})[0]
 
 
 def test_nothing_kept_and_wrong_places(base, tmp_path):

@@ -14,8 +14,9 @@ from peft.utils import PeftType
 import taia
 from taia import peft_config
 from taia.adapter import read_adapter
+from taia.errors import CheckpointError
 from taia.molora import MoLoraConfig, register
-from taia.peft_config import INERT, METHODS, OTHER_METHODS, READ, REFUSED
+from taia.peft_config import INERT, METHODS, OTHER_METHODS, READ, REFUSED, read_settings
 
 # PEFT says so each time an adapter is saved for a base that is not on the hub
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -127,6 +128,28 @@ def test_velora_acts_in_training_only(pair, tmp_path):
     expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
     for name, tensor in load(tmp_path / "out").state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
+HUGE = 10**400
+"""A number that JSON holds and no float does."""
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "told"),
+    [
+        ("LOKR", {"r": HUGE}, "r: a rank of more than 1,000,000"),
+        ("LOHA", {"rank_pattern": {"q_proj": HUGE}}, "q_proj: a rank of more than 1,000,000"),
+        ("LORA", {"r": 0}, "r: a rank of 0"),
+        ("MOLORA", {"experts": HUGE, "experts_per_token": 2}, "experts: more than 1,000,000"),
+        ("LORA", {"lora_alpha": HUGE}, "lora_alpha"),
+        ("LOKR", {"alpha_pattern": {"q_proj": -HUGE}}, "alpha_pattern"),
+    ],
+)
+def test_numbers_that_no_adapter_can_have_are_faults(tmp_path, method, change, told):
+    with pytest.raises(CheckpointError) as caught:
+        read_settings(tmp_path / "adapter_config.json", {"peft_type": method, **change})
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 1_000
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])

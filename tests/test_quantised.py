@@ -245,6 +245,13 @@ def test_settings_that_say_nothing_may_differ(quantised):
     taia.plan(base, tuned).refuse_faults()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_setting_that_is_null_is_one_that_is_not_there(quantised, name):
+    (base, tuned), (empty, filled) = quantised(name), quantised(name, model_seqlen=None)
+    taia.plan(base, filled).refuse_faults()
+    taia.plan(empty, tuned).refuse_faults()
+
+
 def test_a_quantised_checkpoint_is_known_without_settings(quantised, pair, tmp_path):
     plain, _ = pair("llama")
     bare = write(tmp_path / "bare", tensors(quantised("fp8-blocks")[0]), plain)

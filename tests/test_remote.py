@@ -302,6 +302,16 @@ def test_an_adapter_and_its_base_on_a_server(server, root, tmp_path):
     taia.verify(tmp_path / "merged")
 
 
+def test_a_slice_for_a_base_on_a_server_needs_it_no_more(server, adapters, tmp_path):
+    import shutil
+
+    _, adapter = adapters("llama", "plain")
+    receipt = taia.splice(f"{server.url}/small-base", adapter, tmp_path / "out")
+    assert receipt.base.path.rstrip("/") == f"{server.url}/small-base"
+    shutil.rmtree(tmp_path / "cache")
+    taia.verify(tmp_path / "out")
+
+
 def test_a_cache_that_is_gone_or_full_is_one_message(server, tmp_path):
     import shutil
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import random
@@ -246,6 +247,45 @@ def test_each_of_a_thousand_random_flips(pair, tmp_path, digests):
         file.write_bytes(before)
     assert not missed
     taia.verify(out)
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("named", ["by receipts of today", "by receipts without its files"])
+def test_a_slice_without_its_base(adapters, tmp_path, digests, named):
+    """With digests only the slice itself is looked at; without them the base that went is told."""
+    base, adapter = adapters("llama", "plain")
+    shutil.copytree(base, tmp_path / "base")
+    out = tmp_path / "out"
+    receipt = taia.splice(tmp_path / "base", adapter, out, hash=digests)
+    assert receipt.base.files.keys() == {"config.json"}
+    if named == "by receipts without its files":
+        bare = dataclasses.replace(receipt, base=dataclasses.replace(receipt.base, files={}))
+        bare.write(out)
+    taia.verify(out)
+    shutil.rmtree(tmp_path / "base")
+    if digests:
+        taia.verify(out)
+    else:
+        assert f"{tmp_path / 'base'}" in (told := found(out))
+        assert "the source is gone" in told
+
+
+def test_a_base_at_a_name_that_no_file_can_have(adapters, tmp_path):
+    receipt = taia.splice(*adapters("llama", "plain"), tmp_path / "out")
+    base = dataclasses.replace(receipt.base, path=f"/{'a' * 5_000}")
+    for files in ({}, receipt.base.files):
+        changed = dataclasses.replace(receipt, base=dataclasses.replace(base, files=files))
+        changed.write(tmp_path / "out")
+        assert "cannot be looked at" in found(tmp_path / "out")
+
+
+def test_a_slice_whose_base_became_another(adapters, tmp_path):
+    base, adapter = adapters("llama", "plain")
+    shutil.copytree(base, tmp_path / "base")
+    taia.splice(tmp_path / "base", adapter, tmp_path / "out")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert f"{config}: the source changed since" in found(tmp_path / "out")
 
 
 def test_a_tensor_is_compared_in_parts(adapters, tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ def blend(base: Array, tuned: Array, strength: float, scratch: Scratch | None = 
 
     WiSE-FT, arXiv 2109.01903, equation 1, for any strength. `tuned` may have another dtype;
     at strength 1 it is converted and nothing else, free of the rounding of the difference.
+    An infinite weight that both have stays.
     Raises MismatchError where finite weights give one that the dtype cannot hold.
     """
     work = scratch or Scratch(base.size, base.dtype, tuned.dtype)
@@ -99,6 +100,8 @@ def blend(base: Array, tuned: Array, strength: float, scratch: Scratch | None = 
             overflown = ~np.isfinite(rounded) & np.isfinite(wide) & np.isfinite(other)
             if overflown.any():
                 raise beyond(strength, rounded.dtype)
+            alike = (wide == other) & ~np.isfinite(rounded)  # inf - inf is no number
+            np.copyto(rounded, base, where=alike)
     return rounded
 
 

@@ -23,7 +23,7 @@ from taia.kinds import Address, Kind, classify, is_extra_layer
 from taia.layouts import Family, family_of, place_of
 from taia.ties import stated_tie
 
-__all__ = ["TIE", "left_over", "text_config", "tie_setting", "unsettled", "untie"]
+__all__ = ["TIE", "is_buffer", "left_over", "text_config", "tie_setting", "unsettled", "untie"]
 
 TIE = "tie_word_embeddings"
 
@@ -192,7 +192,7 @@ def _not_loaded(checkpoint: Checkpoint, names: list[str], family: Family) -> lis
     depth = next((config[key] for key in DEPTHS if isinstance(config.get(key), int)), None)
     found = []
     for name in names:
-        if _is_buffer(checkpoint.tensors[name]):
+        if is_buffer(checkpoint.tensors[name]):
             found.append(name)
             continue
         try:
@@ -205,7 +205,8 @@ def _not_loaded(checkpoint: Checkpoint, names: list[str], family: Family) -> lis
     return found
 
 
-def _is_buffer(tensor: Tensor) -> bool:
+def is_buffer(tensor: Tensor) -> bool:
+    """Whether a tensor is one that every model computes by itself, a mask or an angle."""
     return any(
         pattern.search(tensor.name) and dimensions in (None, len(tensor.shape))
         for pattern, dimensions in BUFFERS

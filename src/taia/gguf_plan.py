@@ -266,7 +266,10 @@ def _adapter_faults(base: GgufFile, adapter: GgufFile) -> list[str]:
 
 
 def _pair_faults(base: GgufFile, adapter: GgufFile, targets: Iterable[str]) -> Iterable[str]:
-    """A is (rank, in) and B is (out, rank); of an embedding A is (rank, words), B (width, rank)."""
+    """A is (rank, in) and B is (out, rank).
+
+    Of an embedding A is (words, rank), as llama.cpp looks its rows up, and B is (width, rank).
+    """
     for target in targets:
         a, b = (adapter.tensors.get(target + side) for side in SIDES)
         if a is None or b is None:
@@ -274,8 +277,9 @@ def _pair_faults(base: GgufFile, adapter: GgufFile, targets: Iterable[str]) -> I
             continue
         shape = base.tensors[target].shape
         out, into = shape[-2:] if len(shape) > 1 else (0, 0)
+        across = a.shape
         if target == "token_embd.weight":
-            out, into = into, out
-        if len(a.shape) < 2 or (a.shape[-1], b.shape[-2:]) != (into, (out, a.shape[-2])):
+            out, into, across = into, out, a.shape[::-1]
+        if len(a.shape) < 2 or (across[-1], b.shape[-2:]) != (into, (out, across[-2])):
             shapes = f"A {list(a.shape)}, B {list(b.shape)}"
             yield f"{target}: {shapes} do not fit the base's {list(shape)}"

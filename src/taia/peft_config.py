@@ -33,6 +33,9 @@ __all__ = [
 MATCHING_SECONDS = 1.0
 """What one pattern of an adapter may take on one name."""
 
+MAX_COUNT = 1_000_000
+"""The largest rank, and the most experts: no weight has so many, and a float holds them."""
+
 METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA3", "MOLORA": "MoLoRA"}
 """The methods whose deltas are computed here, and how they are written."""
 
@@ -235,6 +238,11 @@ def _refuse_settings(folder: Path, config: Mapping[str, Any], known: set[str]) -
         )
 
 
+def _number(count: int) -> str:
+    """A number as a message tells it; one that comes with an adapter may have 4,000 digits."""
+    return str(count) if count <= MAX_COUNT else f"more than {MAX_COUNT:,}"
+
+
 def _value_faults(settings: Settings, config: Mapping[str, Any]) -> list[str]:
     """Values of the right type that no adapter can have."""
     alphas = {"alpha": settings.alpha, **(settings.alpha_pattern or {})}
@@ -242,8 +250,11 @@ def _value_faults(settings: Settings, config: Mapping[str, Any]) -> list[str]:
         alphas["lora_alpha"] = math.nan if settings.lora_alpha is None else settings.lora_alpha
     faults = [f"{k}: {a} is no finite number" for k, a in alphas.items() if not math.isfinite(a)]
     ranks = {"r": settings.r, **(settings.rank_pattern or {})}
-    faults += [f"{k}: a rank of {rank}" for k, rank in ranks.items() if rank < 1]
-    if not 1 <= settings.experts_per_token <= settings.experts:
+    faults += [f"{k}: a rank of {_number(rank)}" for k, rank in ranks.items()
+               if not 1 <= rank <= MAX_COUNT]  # fmt: skip
+    if settings.experts > MAX_COUNT:
+        faults.append(f"experts: {_number(settings.experts)} of them")
+    elif not 1 <= settings.experts_per_token <= settings.experts:
         told = f"{settings.experts_per_token} of {settings.experts} experts per token"
         faults.append(f"experts_per_token: {told} cannot be chosen")
     for name, patterns in (("alpha", settings.alpha_pattern), ("rank", settings.rank_pattern)):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from taia.checkpoint import FLOATS, Checkpoint, Tensor, open_checkpoint
 from taia.configs import config_notes
 from taia.decisions import WHOLE, Decision, Origin, Plan
-from taia.ends import left_over, text_config, tie_setting, unsettled, untie
+from taia.ends import is_buffer, left_over, text_config, tie_setting, unsettled, untie
 from taia.errors import SourceError
 from taia.folded import folded_faults
 from taia.fused import Parts, cut_of, part_strengths
@@ -105,7 +105,8 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     decisions = []
     for name, strength in wanted.items():
         tensor, other, address = base.tensors[name], tuned.tensors.get(name), addresses[name]
-        if other is None:  # transformers does not load it, or it is one of the faults
+        if other is None or (strength != 1 and is_buffer(tensor)):
+            # transformers does not load it, or it is one of the faults; no mask is half of two
             decisions.append(_decision(tensor, address, Origin.BASE, 0.0))
         elif strength is None:
             decision, found = _parted(base, tensor, address, parted[address])

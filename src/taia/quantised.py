@@ -47,13 +47,17 @@ PASSING = ("modules_to_not_convert", "ignore")
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantisation settings of a config, comparable; empty for an unquantised model."""
+    """The quantisation settings of a config, comparable; empty for an unquantised model.
+
+    One that is null says what one that is not there says.
+    """
     text = checkpoint.config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, dict) else None
     found = checkpoint.config.get("quantization_config") or nested
     if not isinstance(found, dict):
         return {}
-    settings = {key: value for key, value in found.items() if not key.startswith("_")}
+    settings = {key: value for key, value in found.items()
+                if value is not None and not key.startswith("_")}  # fmt: skip
     for key in PASSING:
         if isinstance(settings.get(key), list):
             settings[key] = sorted(map(str, settings[key]))

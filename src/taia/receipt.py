@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -230,14 +231,22 @@ def source_faults(receipt: Receipt) -> list[str]:
 def _record_faults(record: SourceRecord) -> list[str]:
     if not Path(record.path).is_absolute():
         return [f"{record.path}: not the place of a source"]
-    faults = []
+    try:
+        return list(_changes(record))
+    except OSError as error:  # a name that no file can have
+        return [f"{record.path[:200]}: cannot be looked at: {error.strerror}"]
+
+
+def _changes(record: SourceRecord) -> Iterator[str]:
+    """The files of a source that are gone or others; of one without files, the whole of it."""
+    if not record.files and not Path(record.path).exists():  # the base of a slice may have none
+        yield f"{record.path}: the source is gone"
     for name, before in record.files.items():
         path = Path(record.path) / name
         if not path.is_file():
-            faults.append(f"{path}: the source is gone")
+            yield f"{path}: the source is gone"
         elif identity(path) != before:
-            faults.append(f"{path}: the source changed since")
-    return faults
+            yield f"{path}: the source changed since"
 
 
 def digest_of(path: Path, length: int | None = None) -> str:

@@ -62,6 +62,8 @@ from taia.writing import (
 
 __all__ = ["portable_config", "slice_adapter", "sliced_tensors"]
 
+BASE_CONFIG = "config.json"
+
 
 def slice_adapter(
     adapter: str | Path | Source,
@@ -89,7 +91,8 @@ def slice_adapter(
     kept = _kept_tensors(whole, strengths)
     with staged_folder(destination, overwrite=overwrite) as folder:
         entries = _write_weights(folder, kept)
-        if hash or (whole.path / MIRROR_MARKER).is_file():  # a remote one may be gone tomorrow
+        remote = any((source.path / MIRROR_MARKER).is_file() for source in (whole, base) if source)
+        if hash or remote:  # a remote one may be gone tomorrow
             entries = with_digests(folder, entries)
         config = portable_config(whole, strengths)
         atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -337,10 +340,15 @@ def _receipt(
     return Receipt(
         form="adapter",
         selection=str(selection),
-        base=None if found is None else record_of(found.text, found.path, []),
+        base=None if found is None else record_of(found.text, found.path, _told_by(found)),
         tuned=record_of(adapter.text, adapter.path, [WEIGHTS, CONFIG]),
         tensors=entries,
         headers={WEIGHTS: header_digest(folder / WEIGHTS)},
         files={name: digest_of(folder / name) for name in others},
         algorithm=ALGORITHM,
     )
+
+
+def _told_by(base: Source) -> list[str]:
+    """The file of a base that says what it is, so that its absence and its change are seen."""
+    return [BASE_CONFIG] if (base.path / BASE_CONFIG).is_file() else []
