@@ -160,3 +160,28 @@ def test_a_pattern_that_would_never_end_is_refused(adapters, tmp_path, monkeypat
     with pytest.raises(taia.TaiaError, match=r"takes more than 0\.1 s on"):
         taia.splice(base, slow, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["(?x)q_proj#", "(?V0)(?V1)q_proj", "("])
+def test_a_pattern_that_peft_could_not_read_is_refused(adapters, tmp_path, pattern):
+    base, adapter = adapters("llama", "plain")
+    broken = altered(adapter, tmp_path / "broken", rank_pattern={pattern: 4})
+    with pytest.raises(taia.TaiaError, match="is no regular expression"):
+        taia.splice(base, broken, tmp_path / "out")
+
+
+def test_many_slow_patterns_are_no_more_patience(adapters, tmp_path, monkeypatch):
+    base, adapter = adapters("llama", "plain")
+    monkeypatch.setattr(peft_config, "MATCHING_SECONDS", 0.05)
+    monkeypatch.setattr(peft_config, "SLOW_SECONDS", 0.0)  # so every match counts
+
+    def ask() -> None:
+        for _ in range(100_000):
+            peft_config.matches("q_pro[a-z]", "model.layers.0.self_attn.q_proj")
+
+    with pytest.raises(taia.TaiaError, match=r"takes more than 0\.05 s"):
+        ask()
+    many = {f"layers\\.[{number}]\\.q_proj": 4 for number in range(101)}
+    crowded = altered(adapter, tmp_path / "crowded", alpha_pattern=many)
+    with pytest.raises(taia.TaiaError, match="101 expressions, where 100 are the most"):
+        taia.splice(base, crowded, tmp_path / "out")

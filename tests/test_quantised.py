@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from conftest import FAMILIES, SMALL, build
 from layout_tools import tensors, write
 
 import taia
+from taia.checkpoint import Tensor
+from taia.folded import folded_faults
+from taia.kinds import classify_all
 from taia.quantised import modules
 
 BLOCK = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
@@ -266,3 +270,45 @@ def test_a_scale_that_is_missing_is_told(quantised, tmp_path):
     short = write(tmp_path / "short", state, tuned)
     with pytest.raises(taia.TaiaError, match=r"up_proj\.weight_scale_inv: in the base, not in"):
         taia.plan(base, short).refuse_faults()
+
+
+def checkpoint(model_type: str, modules: list[str]) -> SimpleNamespace:
+    """What is asked of an AWQ checkpoint, of one layer of these modules, with no norms."""
+    tensors = {f"model.layers.0.{name}.qweight": None for name in modules}
+    return SimpleNamespace(
+        config={"quantization_config": {"quant_method": "awq"}}, tensors=tensors, path=Path("gone"),
+        model_type=model_type,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "modules", "kept", "words"),
+    [
+        ("phi3", ["self_attn.qkv_proj", "self_attn.o_proj"], "o_proj", "o and qkv"),
+        ("phi3", ["mlp.gate_up_proj", "mlp.down_proj"], "down_proj", "down and gate_up"),
+        ("llama", ["mlp.up_proj", "mlp.down_proj"], "up_proj", "down and up"),
+        ("llama", ["self_attn.q_proj", "self_attn.o_proj"], "q_proj", ""),
+    ],
+)
+def test_fused_projections_hold_scales_too(model_type, modules, kept, words):
+    found = checkpoint(model_type, modules)
+    addresses = classify_all(found.tensors, model_type)
+    strengths = {name: float(kept in name) for name in found.tensors}
+    faults = folded_faults(found, found, addresses, strengths)
+    assert [words in fault for fault in faults] == [True] * bool(words)
+
+
+def test_what_else_reads_a_norm_is_of_its_layer(tmp_path):
+    names = ["linear_attn.in_proj_qkvz.qweight", "mlp.gate.weight", "mlp.experts.0.up_proj.qweight"]
+    norm = Tensor("model.layers.0.input_layernorm.weight", "F32", (2,), "w", 0, 8)
+    base, tuned = checkpoint("qwen3_next", []), checkpoint("qwen3_next", [])
+    for number, side in enumerate((base, tuned)):
+        side.path = tmp_path / str(number)
+        side.path.mkdir()
+        (side.path / "w").write_bytes(bytes([number]) * 8)
+        side.tensors = {f"model.layers.0.{name}": None for name in names} | {norm.name: norm}
+    addresses = classify_all(base.tensors, "qwen3_next")
+    for dropped in names:
+        strengths = {name: float(not name.endswith(dropped)) for name in base.tensors}
+        assert "its norms differ" in folded_faults(base, tuned, addresses, strengths)[0]
+    assert not folded_faults(base, tuned, addresses, dict.fromkeys(base.tensors, 1.0))

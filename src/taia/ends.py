@@ -133,7 +133,10 @@ def tie_setting(tuned: Checkpoint, *, untied: bool) -> dict[str, Any]:
 
 
 def unsettled(
-    tuned: Checkpoint, addresses: Mapping[str, Address], wanted: Mapping[str, float | None]
+    base: Checkpoint,
+    tuned: Checkpoint,
+    addresses: Mapping[str, Address],
+    wanted: Mapping[str, float | None],
 ) -> list[str]:
     """The fault of a head that is untied under a config that ties it, and maybe more besides.
 
@@ -147,12 +150,12 @@ def unsettled(
             ends[address.kind].append(name)
     shapes = [tuned.tensors[name].shape for name in ends[Kind.EMBEDDING]]
     heads = [name for name in ends[Kind.HEAD] if tuned.tensors[name].shape in shapes]
-    if all(wanted[name] == 1 for name in [*heads, *ends[Kind.EMBEDDING]]):
+    strengths = {wanted[name] for name in [*heads, *ends[Kind.EMBEDDING]]}
+    if strengths == {1} or (strengths == {0} and stated_tie(base.config) is not False):
         return []
     return [
         f"{name}: config.json of {tuned.text} ties it to the embedding, and what else it ties is "
-        f"not known for {tuned.model_type}; give both one strength, as in '- embedding - head', "
-        f"or save the model with {TIE} false"
+        f"not known for {tuned.model_type}; take both from it: '+ embedding + head'"
         for name in heads
     ]
 

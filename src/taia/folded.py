@@ -19,9 +19,9 @@ from taia.quantised import settings_of
 
 __all__ = ["folded_faults"]
 
-FOLDED = {Kind.ATTENTION, Kind.FFN, Kind.NORM}
+FOLDED = {Kind.ATTENTION, Kind.MIXER, Kind.FFN, Kind.ROUTER, Kind.NORM}
 
-CHAINED = ({"v", "o"}, {"up", "down"})
+CHAINED = ({"v", "kv", "qkv", "o"}, {"up", "gate_up", "down"})
 """Projections of which the first holds scales of the second."""
 
 MEND = "splice the unquantised models and quantise the result, or take the layer whole"
@@ -68,7 +68,8 @@ def _torn(
         return
     for chain in CHAINED:
         if len({strengths[name] for name in names if addresses[name].projection in chain}) > 1:
-            yield f"{' and '.join(sorted(chain))} hold scales of each other, and are told apart"
+            held = {str(addresses[name].projection) for name in names} & chain
+            yield f"{' and '.join(sorted(held))} hold scales of each other, and are told apart"
 
 
 def _changed(norms: list[Tensor], base: Checkpoint, tuned: Checkpoint) -> set[str]:

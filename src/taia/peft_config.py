@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import regex
@@ -31,7 +32,15 @@ __all__ = [
 ]
 
 MATCHING_SECONDS = 1.0
-"""What one pattern of an adapter may take on one name."""
+"""What one pattern of an adapter may take, on all names that it is slow on."""
+
+SLOW_SECONDS = 0.01
+"""A match that takes longer counts; an honest one takes some microseconds."""
+
+_slow: dict[str, float] = {}
+
+MOST_PATTERNS = 100
+"""Patterns of an adapter that are no plain names."""
 
 MAX_COUNT = 1_000_000
 """The largest rank, and the most experts: no weight has so many, and a float holds them."""
@@ -173,13 +182,25 @@ def matches(pattern: str, name: str) -> bool:
     Raises CheckpointError for one that takes too long: it comes with the adapter, and the
     time of an expression may double with every letter of a name.
     """
+    start = perf_counter()
     try:
-        return bool(regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCHING_SECONDS))
-    except TimeoutError as error:
-        raise CheckpointError(
-            f"adapter_config.json: the pattern {pattern!r} takes more than {MATCHING_SECONDS} s on "
-            f"{name}; write it more simply, or the module's name itself"
-        ) from error
+        found = regex.match(_whole(pattern), name, timeout=MATCHING_SECONDS)
+        taken = perf_counter() - start
+    except TimeoutError:
+        found, taken = None, math.inf
+    if taken > SLOW_SECONDS:
+        _slow[pattern] = _slow.get(pattern, 0.0) + taken
+        if _slow[pattern] > MATCHING_SECONDS:
+            raise CheckpointError(
+                f"adapter_config.json: the pattern {pattern!r} takes more than "
+                f"{MATCHING_SECONDS} s on {name}; write it more simply, or the module's name itself"
+            )
+    return bool(found)
+
+
+def _whole(pattern: str) -> str:
+    """The expression that PEFT makes of a pattern."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def read_settings(path: Path, config: Mapping[str, Any]) -> Settings:
@@ -257,10 +278,20 @@ def _value_faults(settings: Settings, config: Mapping[str, Any]) -> list[str]:
     elif not 1 <= settings.experts_per_token <= settings.experts:
         told = f"{settings.experts_per_token} of {settings.experts} experts per token"
         faults.append(f"experts_per_token: {told} cannot be chosen")
-    for name, patterns in (("alpha", settings.alpha_pattern), ("rank", settings.rank_pattern)):
-        for pattern in patterns or {}:
-            try:
-                regex.compile(pattern)
-            except regex.error as error:
-                faults.append(f"{name}_pattern: {pattern!r} is no regular expression: {error}")
+    return faults + _pattern_faults("alpha", settings) + _pattern_faults("rank", settings)
+
+
+def _pattern_faults(what: str, settings: Settings) -> list[str]:
+    """Patterns that are no expressions, and too many that are no plain names."""
+    name = f"{what}_pattern"
+    patterns = getattr(settings, name) or {}
+    faults = []
+    for pattern in patterns:
+        try:
+            regex.compile(_whole(pattern))
+        except (regex.error, ValueError) as error:
+            faults.append(f"{name}: {pattern!r} is no regular expression: {error}")
+    count = sum(regex.fullmatch(r"[\w.-]+", pattern) is None for pattern in patterns)
+    if count > MOST_PATTERNS:
+        faults.append(f"{name}: {count} expressions, where {MOST_PATTERNS} are the most")
     return faults

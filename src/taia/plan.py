@@ -125,7 +125,7 @@ def _plan_pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pla
     if any(decision.source is not Origin.TUNED for decision in decisions):
         told += config_notes(base, tuned)
     untied = changed and has_head(addresses.values())
-    faults += unsettled(tuned, addresses, wanted) if untied else []
+    faults += unsettled(base, tuned, addresses, wanted) if untied else []
     return Plan(
         selection, base, tuned, tuple(decisions), tuple(faults + tie_faults),
         notes=tuple(notes + told), config=tie_setting(tuned, untied=untied),

@@ -74,14 +74,17 @@ def _is_cached(target: Path, folder: Path) -> bool:
     """Whether a file is where the hub's cache keeps those of the snapshot that `folder` is in.
 
     That is among the blobs of its repository, or in the store that all repositories of the cache
-    share (huggingface_hub 2.4): blobs/XX/HASH, under a marker of its own.
+    share (huggingface_hub 2.4): blobs/XX/HASH, under a marker of its own. A folder inside a
+    snapshot counts in a cache whose repositories have the hub's names.
     """
     for place in (folder, *folder.parents):
-        if place.parent.name == SNAPSHOTS and REPOSITORY.match(place.parent.parent.name):
-            repository = place.parent.parent
+        repository = place.parent.parent
+        named = REPOSITORY.match(repository.name) is not None
+        if place.parent.name == SNAPSHOTS and (named or place == folder):
             store = repository.parent / BLOBS
             return target.is_relative_to(repository / BLOBS) or (
-                (store / SHARED).is_file()
+                named
+                and (store / SHARED).is_file()
                 and target.parent.parent == store
                 and XET_HASH.fullmatch(target.name) is not None
                 and target.parent.name == target.name[:2]
