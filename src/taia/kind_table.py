@@ -146,7 +146,10 @@ def generalise(name: str) -> tuple[str, tuple[int, ...]]:
         if part.isdecimal() and len(part) <= DIGITS:
             integers.append(int(part))
             parts[at] = "*"
-    return EXPERT.sub(r"\1*", ".".join(parts)), tuple(integers)
+    pattern = ".".join(parts)
+    if "expert_" in pattern:
+        pattern = EXPERT.sub(r"\1*", pattern)
+    return pattern, tuple(integers)
 
 
 def keys(pattern: str, prefix: str) -> list[str]:
