@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from taia.checkpoint import Checkpoint, Tensor
 from taia.errors import MismatchError
 from taia.fused import Cut, Parts
-from taia.kinds import Address
+from taia.kinds import Address, Kind
 from taia.selection import Selection
 
 if TYPE_CHECKING:
@@ -83,15 +83,16 @@ class Plan:
     def totals(self) -> dict[str, dict[str, int]]:
         """Per kind, and for `all`: tensors, parameters, and bytes by origin."""
         empty = {"tensors": 0, "parameters": 0} | {origin.value: 0 for origin in Origin}
-        totals: dict[str, dict[str, int]] = {}
+        totals: dict[Kind, dict[str, int]] = {}
         for decision in self.decisions:
-            for key in (decision.address.kind.value, "all"):
-                row = totals.setdefault(key, dict(empty))
-                row["tensors"] += 1
-                row["parameters"] += decision.parameters
-                row[decision.source.value] += decision.bytes
-        everything = totals.pop("all", empty)
-        return totals | {"all": everything}
+            row = totals.get(decision.address.kind)
+            if row is None:
+                row = totals[decision.address.kind] = dict(empty)
+            row["tensors"] += 1
+            row["parameters"] += decision.parameters
+            row[decision.source] += decision.bytes
+        everything = {key: sum(row[key] for row in totals.values()) for key in empty}
+        return {kind.value: row for kind, row in totals.items()} | {"all": everything}
 
     def refuse_faults(self) -> None:
         """Raise MismatchError with every fault, if there is one."""

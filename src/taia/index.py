@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -108,8 +109,14 @@ def _place(placed: dict[str, str], found: re.Match[bytes]) -> int:
         raise ValueError(f"{name:.200}: a name that stands twice")
     if len(placed) >= MAX_TENSORS:
         raise ValueError(too_many())
-    placed[name] = sys.intern(_text(found[2]))
+    placed[name] = _shard(found[2])
     return sys.getsizeof(name)
+
+
+@lru_cache(maxsize=1024)
+def _shard(quoted: bytes) -> str:
+    """The name of a file, which stands beside thousands of tensors."""
+    return sys.intern(_text(quoted))
 
 
 def _text(quoted: bytes) -> str:
