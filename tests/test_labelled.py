@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import build
 
 from taia.training.labelled import at_labels, can_choose_places, keep_input_dtype
 from taia.training.spans import IGNORED
 from taia.training.trainable import add_lora
-from tests.conftest import build
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "mixtral", "phi3")
 

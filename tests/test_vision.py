@@ -19,7 +19,7 @@ from taia.ends import TIE
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 TEXT = "attention@language + ffn@language + norm@language"
-QUICK = {"qwen2_vl", "llava", "gemma3"}
+QUICK = {"qwen2_vl", "gemma3"}
 EVERY = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES]
 
 
