@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from taia.errors import SourceError
 from taia.plan import Plan
 
 __all__ = ["model_card"]
@@ -71,7 +72,10 @@ def _repository(text: str) -> str:
     """The hub's id of a model; empty for any other source, which the hub would refuse there."""
     if Path(text).exists():
         return ""
-    name = text.removeprefix("hf://").partition("@")[0]
-    if text.startswith("hf://"):
-        name = "/".join(name.split("/")[:2])
+    from taia.remote_hub import HubAddress
+
+    try:
+        name = HubAddress.parse(text).repository
+    except SourceError:
+        return ""
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else ""

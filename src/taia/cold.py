@@ -35,7 +35,6 @@ WINDOW = 2 * 1024 * 1024
 BLOCK = max(mmap.PAGESIZE, 4096)
 """What a disk reads into memory, or writes from it, begins and ends at a multiple of it."""
 
-
 ON = frozenset({"ext4"})
 """File systems that this is for. On others it may be slower, as nothing is read ahead."""
 
